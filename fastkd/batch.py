@@ -1,0 +1,119 @@
+"""What crosses process borders: prompts, rollouts, and packed batches of them.
+
+A batch is never padded. Sequences lie one after another in flat tensors with cumulative lengths, and only
+loss-active rows are listed. Of a sequence of P prompt tokens and n response tokens, the last response token
+predicts nothing, so it is left out: T = P + n - 1 tokens are packed, and row P-1+j predicts response token j.
+
+Letters: N packed tokens, S sequences, A loss-active rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem, rendered through the chat template and tokenised."""
+
+    index: int
+    """Row in its dataset: with the run seed, the step and the generation it seeds the sampler."""
+    problem: str
+    answer: str | None
+    text: str
+    """What the model reads, special tokens included."""
+    tokens: tuple[int, ...]
+    masked: bool = False
+    """Longer than data.max_input_seq_length: counted, never sampled, weight 0 in the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled response to one prompt."""
+
+    prompt: Prompt
+    generation: int
+    """0 … num_generations_per_prompt - 1."""
+    response: tuple[int, ...]
+    """Sampled token ids, the end-of-sequence token included when one was sampled."""
+    finished: bool
+    """Ended by a stop token or stop string; False when cut at the length limit."""
+    weights_version: int
+    """Optimizer steps that the sampling weights had seen."""
+
+    @property
+    def packed_length(self) -> int:
+        """Tokens that a packed batch holds of it: prompt + response - 1, or 0 when nothing was sampled."""
+        return len(self.prompt.tokens) + len(self.response) - 1 if self.response else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Packed sequences of one micro-batch."""
+
+    tokens_N: Tensor
+    """[N] int64 token ids."""
+    positions_N: Tensor
+    """[N] int64, restarting at 0 with every sequence."""
+    cu_seqlens: Tensor
+    """[S + 1] int32 cumulative lengths, 0 first and N last."""
+    max_seqlen: int
+    active_A: Tensor
+    """[A] int64 rows that predict a response token, in order."""
+    labels_A: Tensor
+    """[A] int64, the response token that each active row predicts."""
+    lengths: tuple[int, ...]
+    """[S] packed length of each sequence, on the host."""
+    responses: tuple[int, ...]
+    """[S] active rows of each sequence, on the host."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            *(getattr(self, name).to(device) for name in ("tokens_N", "positions_N", "cu_seqlens")),
+            self.max_seqlen,
+            self.active_A.to(device),
+            self.labels_A.to(device),
+            self.lengths,
+            self.responses,
+        )
+
+
+def pack(rollouts: Sequence[Rollout]) -> Batch:
+    """Lay rollouts end to end.
+
+    Raises:
+        ValueError: a rollout without response tokens (it has no active row; leave it out), or none at all.
+    """
+    if not rollouts:
+        raise ValueError("pack: no rollouts; a micro-batch holds at least one")
+    tokens: list[int] = []
+    positions: list[int] = []
+    active: list[int] = []
+    labels: list[int] = []
+    cu_seqlens = [0]
+    for rollout in rollouts:
+        if not rollout.response:
+            raise ValueError(f"pack: the rollout of prompt {rollout.prompt.index} has no response tokens; leave it out")
+        start, prompt_length, length = len(tokens), len(rollout.prompt.tokens), rollout.packed_length
+        tokens += rollout.prompt.tokens
+        tokens += rollout.response[:-1]
+        positions += range(length)
+        active += range(start + prompt_length - 1, start + length)
+        labels += rollout.response
+        cu_seqlens.append(start + length)
+    lengths = tuple(rollout.packed_length for rollout in rollouts)
+    return Batch(
+        tokens_N=torch.tensor(tokens),
+        positions_N=torch.tensor(positions),
+        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        active_A=torch.tensor(active),
+        labels_A=torch.tensor(labels),
+        lengths=lengths,
+        responses=tuple(len(rollout.response) for rollout in rollouts),
+    )

@@ -1,0 +1,153 @@
+"""Rules of who gets which devices: role partition, sharding, data-parallel divisibility, the Slurm allocation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from fastkd.checks.finding import Finding
+from fastkd.config import Recipe, Teacher
+from fastkd.errors import RecipeError
+from fastkd.recipe import LoadedRecipe
+
+
+def roles(loaded: LoadedRecipe) -> Iterator[Finding]:
+    recipe = loaded.recipe
+    problems = [*(_isolation(recipe) if recipe.distillation.resource_isolation.enabled else _shared(recipe))]
+    yield from problems
+    if problems:
+        return  # the sizes below would only repeat the mistake
+    sizes = recipe.role_sizes
+    yield from _sharding("policy", recipe.policy, "training", sizes.training, recipe)
+    yield from _sharding("teacher", recipe.teacher, "teacher", sizes.teacher, recipe)
+    engine = recipe.policy.generation.vllm_cfg
+    gpus = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    if recipe.policy.generation.backend == "vllm" and sizes.generation % gpus:
+        yield RecipeError(
+            "policy.generation.vllm_cfg.tensor_parallel_size",
+            f"{sizes.generation} generation devices do not divide into engines of tensor × pipeline = {gpus}",
+            "Change it, or the nodes given to generation",
+            value=engine.tensor_parallel_size,
+        )
+    shard = recipe.policy.dtensor_cfg.tensor_parallel_size * recipe.policy.dtensor_cfg.context_parallel_size
+    if sizes.training % shard == 0:
+        yield from _data_parallel(recipe, sizes.training // shard)
+
+
+def _sharding(name: str, model: Teacher, role: str, devices: int, recipe: Recipe) -> Iterator[Finding]:
+    tensor, context = model.dtensor_cfg.tensor_parallel_size, model.dtensor_cfg.context_parallel_size
+    if devices % (tensor * context):
+        formula = f"{role} devices / (tensor × context parallel size) = {devices} / ({tensor} × {context})"
+        yield RecipeError(
+            f"{name}.dtensor_cfg.tensor_parallel_size",
+            f"data parallel size = {formula} must be a whole number",
+            f"Change {name}.dtensor_cfg.tensor_parallel_size or context_parallel_size, or the nodes of the role",
+            value=tensor,
+        )
+    elif recipe.cluster.gpus_per_node and tensor > recipe.cluster.gpus_per_node:
+        yield (
+            f"{name}.dtensor_cfg.tensor_parallel_size={tensor} spans nodes of {recipe.cluster.gpus_per_node} GPUs: "
+            "every layer then waits for the network."
+        )
+
+
+def _data_parallel(recipe: Recipe, ranks: int) -> Iterator[Finding]:
+    loop = recipe.distillation
+    formula = "student DP = training devices / (tensor × context parallel size)"
+    if recipe.policy.train_global_batch_size % ranks:
+        yield RecipeError(
+            "policy.train_global_batch_size",
+            f"must be a multiple of the student's data parallel size {ranks} ({formula})",
+            f"Write a multiple of {ranks}",
+            value=recipe.policy.train_global_batch_size,
+        )
+    if loop.batch_size % ranks:
+        yield RecipeError(
+            "distillation.num_prompts_per_step",
+            f"prompts × generations = {loop.batch_size} must be a multiple of the student's data parallel size {ranks} "
+            f"({formula})",
+            f"Write a multiple of {ranks}",
+            value=loop.num_prompts_per_step,
+        )
+    if recipe.validation_enabled and loop.val_batch_size % ranks:
+        yield (
+            f"distillation.val_batch_size={loop.val_batch_size} is not a multiple of the student's data parallel "
+            f"size {ranks}: some ranks idle during validation."
+        )
+
+
+def _isolation(recipe: Recipe) -> Iterator[RecipeError]:
+    cluster, roles = recipe.cluster, recipe.distillation.resource_isolation.roles
+    where = "distillation.resource_isolation"
+    if recipe.policy.generation.colocated.enabled:
+        yield RecipeError(
+            "policy.generation.colocated.enabled",
+            f"{where} requires policy.generation.colocated.enabled=false",
+            "Write policy.generation.colocated.enabled=false",
+            value=True,
+        )
+    named = [("training", roles.training), ("generation", roles.generation), ("teacher", roles.teacher)]
+    for name, role in named:
+        if role.num_nodes < 1:
+            yield RecipeError(
+                f"{where}.roles.{name}.num_nodes",
+                "every role needs at least one node of its own",
+                f"Write {where}.roles.{name}.num_nodes=1",
+                value=role.num_nodes,
+            )
+        if role.gpus_per_node != cluster.gpus_per_node:
+            yield RecipeError(
+                f"{where}.roles.{name}.gpus_per_node",
+                f"resource_isolation enforces node-level role isolation: it must equal "
+                f"cluster.gpus_per_node={cluster.gpus_per_node}",
+                f"Write {cluster.gpus_per_node}, or leave the key out",
+                value=role.gpus_per_node,
+            )
+    nodes = sum(role.num_nodes for _, role in named)
+    if nodes != cluster.num_nodes:
+        parts = " + ".join(f"{name} {role.num_nodes}" for name, role in named)
+        yield RecipeError(
+            "cluster.num_nodes",
+            f"the roles must exactly partition cluster nodes, but {parts} = {nodes}",
+            f"Write cluster.num_nodes={nodes}, or change {where}.roles.*.num_nodes",
+            value=cluster.num_nodes,
+        )
+
+
+def _shared(recipe: Recipe) -> Iterator[RecipeError]:
+    colocated, cluster = recipe.policy.generation.colocated, recipe.cluster
+    if colocated.enabled:
+        return
+    where = "policy.generation.colocated.resources"
+    if cluster.num_nodes == 1:
+        key, given, most, unit = (
+            f"{where}.gpus_per_node",
+            colocated.resources.gpus_per_node,
+            cluster.gpus_per_node,
+            "GPUs",
+        )
+    else:
+        key, given, most, unit = f"{where}.num_nodes", colocated.resources.num_nodes, cluster.num_nodes, "nodes"
+    if given is None or given >= most:
+        yield RecipeError(
+            key,
+            f"with colocated.enabled=false generation takes some of the {most} {unit} and leaves some for training",
+            f"Write a number from 1 to {most - 1}" if most > 1 else "Write policy.generation.colocated.enabled=true",
+            value=given,
+        )
+
+
+def allocation(loaded: LoadedRecipe) -> Iterator[Finding]:
+    allocated = os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("SLURM_NNODES") or ""
+    wanted = loaded.recipe.cluster.num_nodes
+    if not allocated.isdigit() or int(allocated) == wanted:
+        return
+    if wanted == 1:
+        yield f"The Slurm allocation has {allocated} nodes, cluster.num_nodes=1 uses one of them."
+        return
+    yield RecipeError(
+        "cluster.num_nodes",
+        f"the Slurm allocation has {allocated} nodes",
+        f"Submit with sbatch --nodes={wanted}, or write cluster.num_nodes={allocated}",
+        value=wanted,
+    )

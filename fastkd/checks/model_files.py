@@ -1,0 +1,128 @@
+"""What a model's files say without loading it: sizes from ``config.json``, ids and tokens from
+``tokenizer.json``.
+
+For checks that must answer at once (importing transformers alone takes seconds) and offline.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastkd.errors import RecipeError
+
+_DATA_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".txt", ".arrow"}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Sizes of a model; None where its config does not say."""
+
+    folder: Path
+    vocab_size: int | None
+    heads: int | None
+    kv_heads: int | None
+    max_positions: int | None
+
+    def tokens_of(self, tokenizer: str) -> dict[int, str] | None:
+        """{id: token} of the tokenizer of this name, or None when there is no tokenizer.json to read."""
+        folder = find_folder(tokenizer) or self.folder
+        path = folder / "tokenizer.json"
+        return _read_tokens(path.resolve()) if path.is_file() else None
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a path: a Hugging Face id has at most one slash and no file suffix of
+    ours."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in _DATA_SUFFIXES
+
+
+def find_folder(name: str) -> Path | None:
+    """The folder of a model: the path itself, or the newest snapshot of an id in the Hugging Face cache."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if looks_local(name):
+        return None
+    repository = _hub_cache() / f"models--{name.replace('/', '--')}"
+    snapshots = [one for one in repository.glob("snapshots/*") if one.is_dir()]
+    main = repository / "refs" / "main"
+    if main.is_file() and (chosen := repository / "snapshots" / main.read_text().strip()) in snapshots:
+        return chosen
+    return max(snapshots, key=lambda one: one.stat().st_mtime, default=None)
+
+
+def read_model(key: str, name: str, needs: str = "config.json") -> ModelFiles | None:
+    """Facts about a model; None for an id that is not in the cache but may be downloaded.
+
+    Args:
+        key: the recipe key that names it, for errors.
+        name: folder or Hugging Face id.
+        needs: "config.json", or "tokenizer" for a folder that only holds a tokenizer.
+
+    Raises:
+        RecipeError: a path that does not exist, a folder that is no model, or an uncached id while offline.
+    """
+    folder = find_folder(name)
+    if folder is None:
+        if looks_local(name):
+            rule = "is a file, not a folder" if Path(name).expanduser().exists() else "no such folder"
+            remedy = "Give a folder that holds config.json, or a Hugging Face id such as Qwen/Qwen3-0.6B"
+            raise RecipeError(key, rule, remedy, value=name)
+        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "on", "yes"):
+            rule = f"HF_HUB_OFFLINE is set and it is not in the cache {_hub_cache()}"
+            raise RecipeError(key, rule, "Download it first, or give a folder", value=name)
+        return None
+    if needs == "tokenizer":
+        if not any(folder.glob("tokenizer*")):
+            raise RecipeError(key, "the folder holds no tokenizer", "Give a folder with tokenizer.json", value=name)
+        return ModelFiles(folder, None, None, None, None)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            key, "the folder holds no config.json", "Give a folder that save_pretrained wrote", value=name
+        ) from None
+    except (ValueError, OSError) as error:
+        raise RecipeError(key, f"its config.json cannot be read ({error})", "Write it anew", value=name) from None
+    return _facts(folder, config if isinstance(config, dict) else {})
+
+
+def _facts(folder: Path, config: dict[str, Any]) -> ModelFiles:
+    # Models with several towers keep the language model's sizes one level down.
+    sizes = {**(config.get("text_config") or {}), **config}
+
+    def whole(name: str) -> int | None:
+        value = sizes.get(name)
+        return value if isinstance(value, int) and value > 0 else None
+
+    heads = whole("num_attention_heads")
+    return ModelFiles(
+        folder, whole("vocab_size"), heads, whole("num_key_value_heads") or heads, whole("max_position_embeddings")
+    )
+
+
+@cache
+def _read_tokens(path: Path) -> dict[int, str] | None:
+    """{id: token} of a tokenizer.json. Cached, so that two names for one file give the same object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        pairs = (
+            vocabulary.items() if isinstance(vocabulary, dict) else ((one[0], i) for i, one in enumerate(vocabulary))
+        )
+        added = ((one["content"], one["id"]) for one in content.get("added_tokens", []))
+        return {index: token for token, index in (*pairs, *added)}
+    except (ValueError, LookupError, TypeError, OSError):
+        return None
+
+
+def _hub_cache() -> Path:
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")), "huggingface"
+    )
+    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()

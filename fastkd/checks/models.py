@@ -1,0 +1,98 @@
+"""Rules about the two models, from their files: K ≤ vocabulary, heads against sharding, equal vocabularies."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastkd.checks.finding import Finding, models_of
+from fastkd.checks.model_files import ModelFiles, read_model
+from fastkd.config import Teacher
+from fastkd.errors import RecipeError
+from fastkd.recipe import LoadedRecipe
+
+
+def model_facts(loaded: LoadedRecipe) -> Iterator[Finding]:
+    found: dict[str, ModelFiles] = {}
+    for name, model in models_of(loaded.recipe):
+        try:
+            files = read_model(f"{name}.model_name", loaded.locate(model.model_name))
+            template = model.tokenizer.name
+            if template != model.model_name:
+                read_model(f"{name}.tokenizer.name", loaded.locate(template), needs="tokenizer")
+        except RecipeError as error:
+            yield error
+            continue
+        if files is None:
+            yield from _perhaps_a_path(f"{name}.model_name", model.model_name, loaded.folders)
+        else:
+            found[name] = files
+            yield from _fits(name, model, files, loaded.recipe.distillation.topk_logits_k)
+    if len(found) == 2:
+        yield from _same_vocabulary(loaded, found["policy"], found["teacher"])
+
+
+def _perhaps_a_path(key: str, name: str, folders: tuple[Path, ...]) -> Iterator[str]:
+    """A misspelt folder looks like a Hugging Face id; say so before the download fails."""
+    for folder in (Path.cwd(), *folders):
+        beside = (folder / name).parent
+        if "/" in name and beside.is_dir():
+            names = [one.name for one in beside.iterdir() if one.is_dir()]
+            if close := difflib.get_close_matches(Path(name).name, names, n=1):
+                yield f"{key}={name!r} is not a folder and is taken for a Hugging Face id. Meant {beside / close[0]}?"
+                return
+
+
+def _fits(name: str, model: Teacher, files: ModelFiles, k: int) -> Iterator[Finding]:
+    tensor = model.dtensor_cfg.tensor_parallel_size
+    if files.vocab_size and k > files.vocab_size:
+        yield RecipeError(
+            "distillation.topk_logits_k",
+            f"K cannot exceed the vocabulary of {name}.model_name={model.model_name!r}, {files.vocab_size}",
+            f"Write distillation.topk_logits_k={files.vocab_size} or less",
+            value=k,
+        )
+    key = f"{name}.dtensor_cfg.tensor_parallel_size"
+    if files.heads and files.heads % tensor:
+        yield RecipeError(
+            key, f"must divide the model's {files.heads} attention heads", "Choose a divisor", value=tensor
+        )
+    elif files.kv_heads and files.kv_heads % tensor and tensor % files.kv_heads:
+        rule = f"must divide the model's {files.kv_heads} key-value heads, or be a multiple of them"
+        yield RecipeError(key, rule, "Choose a divisor or a multiple", value=tensor)
+    if files.max_positions and files.max_positions < model.max_total_sequence_length:
+        yield (
+            f"{name}.max_total_sequence_length={model.max_total_sequence_length} is longer than the "
+            f"{files.max_positions} positions the model was made for."
+        )
+
+
+def _same_vocabulary(loaded: LoadedRecipe, student: ModelFiles, teacher: ModelFiles) -> Iterator[Finding]:
+    """Ids must mean the same token on both sides; unused padding rows at the end of one embedding may
+    differ."""
+    mine = student.tokens_of(loaded.locate(loaded.recipe.policy.tokenizer.name))
+    theirs = teacher.tokens_of(loaded.locate(loaded.recipe.teacher.tokenizer.name))
+    if mine is None or theirs is None:
+        if student.vocab_size != teacher.vocab_size:
+            yield (
+                f"Vocabulary sizes differ (student {student.vocab_size}, teacher {teacher.vocab_size}); the tokenizers "
+                "are compared when the run starts."
+            )
+        return
+    if mine is theirs:
+        return
+    shared = mine.keys() & theirs.keys()
+    different = sorted(one for one in shared if mine[one] != theirs[one])
+    alone = len(mine.keys() ^ theirs.keys())
+    if different:
+        one = different[0]
+        yield RecipeError(
+            "teacher.model_name",
+            f"its vocabulary is not the student's: {len(different)} ids stand for other tokens, for example {one} is "
+            f"{theirs[one]!r} for the teacher and {mine[one]!r} for the student",
+            "Teacher and student must share a tokenizer: choose models of one family",
+            value=loaded.recipe.teacher.model_name,
+        )
+    elif alone:
+        yield f"{alone} ids exist in only one of the two tokenizers; the teacher's are left out of its top-k."

@@ -1,0 +1,305 @@
+"""Prompts from datasets, in an order that resumes exactly.
+
+The order of epoch e is a permutation seeded by (data seed, e), so the position in the data is one number: how many
+prompts have been consumed. An incomplete last batch of an epoch is dropped, as NeMo RL does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.batch import Prompt
+from fastkd.config import Dataset, Recipe
+from fastkd.errors import DataError, ModelError, RecipeError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A dataset known by name: where it lives and which columns to read."""
+
+    path: str
+    input_key: str
+    output_key: str
+    subset: str | None = None
+    split: str = "train"
+
+
+NAMED = {
+    "OpenThoughts-114k": Source("open-thoughts/OpenThoughts-114k", "problem", "ground_truth_solution", "metadata"),
+    "DeepScaler": Source("agentica-org/DeepScaleR-Preview-Dataset", "problem", "answer"),
+    "AIME2024": Source("HuggingFaceH4/aime_2024", "problem", "answer"),
+    "AIME2025": Source("opencompass/AIME2025", "question", "answer", "AIME2025-I", "test"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Problems:
+    """Rows of one or more datasets, reduced to what a run needs."""
+
+    rows: Sequence[Row]
+    """Each with problem, answer, and the index of its dataset section."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def load_problems(recipe: Recipe) -> tuple[Problems, Problems]:
+    """Training and validation problems as the recipe asks.
+
+    Validation comes from data.validation, or from the rows that data.train.split_validation_size sets aside.
+
+    Raises:
+        DataError: a dataset is missing, empty, lacks a column, or is smaller than one step's prompts.
+    """
+    train, held_out = _load_sections("data.train", recipe.data.train)
+    if recipe.data.validation:
+        validation, _ = _load_sections("data.validation", recipe.data.validation)
+    else:
+        validation = held_out
+    need = recipe.distillation.num_prompts_per_step
+    if len(train) < need:
+        raise DataError(
+            "data.train",
+            f"holds {len(train)} problems, fewer than distillation.num_prompts_per_step={need}, so no step is complete",
+            "Lower num_prompts_per_step or give more data",
+        )
+    limit = recipe.distillation.max_val_samples
+    return Problems(train), Problems(validation[:limit] if limit else validation)
+
+
+def _load_sections(key: str, sections: Sequence[Dataset]) -> tuple[list[Row], list[Row]]:
+    kept: list[Row] = []
+    held_out: list[Row] = []
+    for number, section in enumerate(sections):
+        name = f"{key}.{number}" if len(sections) > 1 else key
+        rows, validation = _load_section(name, section)
+        kept += [row | {"section": number} for row in rows]
+        held_out += [row | {"section": number} for row in validation]
+    return kept, held_out
+
+
+def _load_section(key: str, section: Dataset) -> tuple[list[Row], list[Row]]:
+    dataset, source = _open(key, section)
+    input_key = section.input_key or (source.input_key if source else "input")
+    output_key = section.output_key or (source.output_key if source else "output")
+    wanted = {"input_key": input_key, "output_key": output_key}
+    if section.filter_column:
+        wanted["filter_column"] = section.filter_column
+    for setting, column in wanted.items():
+        if column not in dataset.column_names:
+            near = get_close_matches(column, dataset.column_names, n=1)
+            raise DataError(
+                f"{key}.{setting}",
+                f"the dataset has no such column; it has {', '.join(dataset.column_names)}",
+                f"Set {key}.{setting}={near[0] if near else dataset.column_names[0]}",
+                value=column,
+            )
+    if section.filter_column:
+        column, value = section.filter_column, section.filter_value
+        dataset = dataset.filter(lambda cell: cell == value or str(cell) == str(value), input_columns=column)
+        if len(dataset) == 0:
+            raise DataError(
+                f"{key}.filter_value",
+                f"no row has {column} equal to it",
+                "Check the value, or drop the filter",
+                value=value,
+            )
+    if len(dataset) == 0:
+        raise DataError(
+            key,
+            "the dataset is empty",
+            "Give a file with at least one row",
+            value=section.data_path or section.dataset_name,
+        )
+    validation = None
+    if section.split_validation_size:
+        if isinstance(section.split_validation_size, int) and section.split_validation_size >= len(dataset):
+            raise DataError(
+                f"{key}.split_validation_size",
+                f"the dataset has only {len(dataset)} rows",
+                "Set aside fewer rows than it has",
+                value=section.split_validation_size,
+            )
+        parts = dataset.train_test_split(test_size=section.split_validation_size, seed=section.seed)
+        dataset, validation = parts["train"], parts["test"]
+
+    def rows(part: Any) -> list[Row]:
+        found = zip(part[input_key], part[output_key], strict=True)
+        return [
+            {"problem": str(problem), "answer": None if answer is None else str(answer)} for problem, answer in found
+        ]
+
+    return rows(dataset) * section.repeat, rows(validation) if validation is not None else []
+
+
+def _open(key: str, section: Dataset) -> tuple[Any, Source | None]:
+    import datasets  # here, because it imports pandas and pyarrow: seconds that --check must not pay
+
+    datasets.disable_progress_bars()
+    path, source = section.data_path, None
+    if path is None:
+        name = section.dataset_name
+        source = NAMED.get(name or "")
+        if source is None and "/" not in (name or ""):
+            near = get_close_matches(name or "", [*NAMED, "ResponseDataset"], n=1)
+            raise DataError(
+                f"{key}.dataset_name",
+                "not a dataset known by name, and data_path is not set",
+                f"Use {near[0] if near else ', '.join(NAMED)}, or give data_path (jsonl, json, parquet, "
+                "a save_to_disk folder, or a Hugging Face id)",
+                value=name,
+            )
+        path = source.path if source else str(name)
+    subset = section.subset or (source.subset if source else None)
+    split = section.split or (source.split if source else "train")
+    file = Path(path).expanduser()
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    try:
+        if file.is_file():
+            if file.suffix not in kinds:
+                raise DataError(
+                    f"{key}.data_path",
+                    f"unknown file type; known are {', '.join(kinds)}",
+                    "Convert it to .jsonl or .parquet",
+                    value=path,
+                )
+            if file.stat().st_size == 0:
+                raise DataError(
+                    f"{key}.data_path", "the file is empty", "Give a file with at least one row", value=path
+                )
+            return datasets.load_dataset(kinds[file.suffix], data_files=str(file), split="train"), source
+        if (file / "state.json").is_file() or (file / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(file))
+            return (loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded), source
+        if not file.exists() and (path.startswith((".", "/", "~")) or file.suffix in kinds):
+            raise DataError(f"{key}.data_path", "no such file or folder", "Check the path", value=path)
+        return datasets.load_dataset(path, subset, split=split), source
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises a dozen kinds, OSError to its own; all mean that it cannot be read
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            key,
+            f"cannot read the dataset ({type(error).__name__}: {reason})",
+            "Give a local file, or a dataset that is cached or reachable",
+            value=path,
+        ) from error
+
+
+class Renderer:
+    """Turns a problem into the tokens the model reads: prompt file, system prompt, chat template.
+
+    Args:
+        key: "data.train" or "data.validation", for errors.
+        sections: the dataset sections whose prompt files apply.
+        tokenizer: the student's.
+        chat_template_kwargs: passed to the template (``enable_thinking`` and the like).
+        max_tokens: data.max_input_seq_length; longer prompts are masked.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        sections: Sequence[Dataset],
+        tokenizer: Any,
+        chat_template_kwargs: dict[str, Any] | None,
+        max_tokens: int,
+    ):
+        self.key, self.tokenizer, self.max_tokens = key, tokenizer, max_tokens
+        self.sections = sections
+        self.template_kwargs = chat_template_kwargs or {}
+        if not tokenizer.chat_template:
+            raise ModelError(
+                "policy.tokenizer.chat_template",
+                "the tokenizer has no chat template, so a prompt cannot be rendered",
+                "Give a template (text or a file) or a tokenizer that has one",
+            )
+
+    def __call__(self, index: int, row: Row) -> Prompt:
+        """The prompt of row ``index``."""
+        section = self.sections[row.get("section", 0)]
+        messages = [{"role": "user", "content": self._user_text(section, row["problem"])}]
+        if section.system_prompt_file:
+            messages.insert(0, {"role": "system", "content": _read(section.system_prompt_file).strip()})
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs
+        )
+        tokens = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return Prompt(index, row["problem"], row["answer"], text, tokens, masked=len(tokens) > self.max_tokens)
+
+    def _user_text(self, section: Dataset, problem: str) -> str:
+        if not section.prompt_file:
+            return problem
+        try:
+            return _read(section.prompt_file).format(problem)
+        except (IndexError, KeyError, ValueError) as error:
+            raise RecipeError(
+                f"{self.key}.prompt_file",
+                f"its text is not a template with one {{}} ({error})",
+                "Write {} once where the problem goes and double every other brace, as in \\boxed{{}}",
+                value=section.prompt_file,
+            ) from error
+
+
+@lru_cache(maxsize=32)
+def _read(path: str) -> str:
+    return Path(path).read_text()
+
+
+def _seed(*parts: object) -> int:
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class PromptStream:
+    """Training prompts, step by step; ``consumed`` is its whole state."""
+
+    def __init__(
+        self,
+        problems: Problems,
+        render: Callable[[int, Row], Prompt],
+        batch: int,
+        *,
+        shuffle: bool,
+        seed: int,
+    ):
+        self.problems, self.render, self.batch, self.shuffle, self.seed = (
+            problems,
+            render,
+            batch,
+            shuffle,
+            seed,
+        )
+        self.batches_per_epoch = len(problems) // batch
+        self.consumed = 0
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self.consumed // (self.batches_per_epoch * self.batch)
+
+    def next(self) -> list[Prompt]:
+        """The next step's prompts."""
+        epoch, offset = divmod(self.consumed, self.batches_per_epoch * self.batch)
+        if self._order[0] != epoch:
+            self._order = (epoch, self._permutation(epoch))
+        rows = self._order[1][offset : offset + self.batch]
+        self.consumed += self.batch
+        return [self.render(row, self.problems.rows[row]) for row in rows]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(len(self.problems)))
+        generator = torch.Generator().manual_seed(_seed("order", self.seed, epoch))
+        return torch.randperm(len(self.problems), generator=generator).tolist()

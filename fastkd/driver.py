@@ -1,0 +1,253 @@
+"""What the driver settles before any worker starts: tokenizers, vocabularies, data, and a writable run folder.
+
+Everything here can fail because of what the user gave, so it all happens before a model is loaded, and the run
+folder is made last: a mistake leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fastkd import metrics, models
+from fastkd.batch import Prompt
+from fastkd.config import Dataset, Recipe
+from fastkd.data import PromptStream, Renderer, load_problems
+from fastkd.errors import DataError, RecipeError
+from fastkd.files import write_json
+from fastkd.log import logger
+from fastkd.recipe import LoadedRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the workers and the loop are built from."""
+
+    recipe: Recipe
+    """With paths resolved."""
+    tokenizer: Any
+    train: PromptStream
+    validation: list[Prompt]
+    student_vocab: int | None
+    """Real rows of the student's LM head when it is padded (``valid_vocab``), else None."""
+    teacher_vocab: int | None
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the run is complete: the step or the epoch limit, whichever comes first."""
+        loop = self.recipe.distillation
+        return min(loop.max_num_steps, loop.max_num_epochs * self.train.batches_per_epoch)
+
+
+def prepare(loaded: LoadedRecipe) -> Inputs:
+    """Check everything that needs a tokenizer or a dataset, and build what the loop reads.
+
+    Raises:
+        UserError: one of its kinds, naming the key at fault.
+    """
+    recipe = locate(loaded)
+    metrics.require_sinks(recipe.logger)
+    policy, teacher = recipe.policy, recipe.teacher
+    student_config = models.load_config("policy.model_name", policy.model_name)
+    teacher_config = models.load_config("teacher.model_name", teacher.model_name)
+    tokenizer = models.load_tokenizer("policy.tokenizer.name", policy.tokenizer.name, policy.tokenizer.chat_template)
+    teacher_tokenizer = models.load_tokenizer("teacher.tokenizer.name", teacher.tokenizer.name)
+    models.check_vocabularies(tokenizer, teacher_tokenizer, policy.tokenizer.name, teacher.tokenizer.name)
+    vocab = min(len(tokenizer), student_config.vocab_size, teacher_config.vocab_size)
+    if len(tokenizer) > vocab:
+        raise RecipeError(
+            "policy.model_name",
+            f"the tokenizer has {len(tokenizer)} ids, but the smaller of the two LM heads has {vocab} rows",
+            "Use models whose vocabulary covers the tokenizer",
+            value=policy.model_name,
+        )
+    k = recipe.distillation.topk_logits_k
+    if k > vocab:
+        raise RecipeError(
+            "distillation.topk_logits_k",
+            f"the vocabulary has only {vocab} tokens",
+            f"Set it to {vocab} or less",
+            value=k,
+        )
+
+    train_rows, validation_rows = load_problems(recipe)
+    render = Renderer(
+        "data.train",
+        recipe.data.train,
+        tokenizer,
+        policy.tokenizer.chat_template_kwargs,
+        recipe.data.max_input_seq_length,
+    )
+    stream = PromptStream(
+        train_rows,
+        render,
+        recipe.distillation.num_prompts_per_step,
+        shuffle=recipe.data.shuffle,
+        seed=recipe.distillation.seed,
+    )
+    if render(0, train_rows.rows[0]).tokens == ():
+        raise DataError("data.train", "the first problem renders to no tokens", "Check the chat template")
+    validation: list[Prompt] = []
+    if recipe.validation_enabled:
+        render_validation = Renderer(
+            "data.validation",
+            recipe.data.validation or recipe.data.train,
+            tokenizer,
+            policy.tokenizer.chat_template_kwargs,
+            recipe.data.max_input_seq_length,
+        )
+        validation = [render_validation(index, row) for index, row in enumerate(validation_rows.rows)]
+    return Inputs(
+        recipe,
+        tokenizer,
+        stream,
+        validation,
+        models.valid_vocab(tokenizer, student_config),
+        models.valid_vocab(tokenizer, teacher_config),
+    )
+
+
+def locate(loaded: LoadedRecipe) -> Recipe:
+    """The recipe with model, data and prompt paths made absolute where they exist on disk."""
+    find = loaded.locate
+
+    def dataset(one: Dataset) -> Dataset:
+        names = ("data_path", "prompt_file", "system_prompt_file")
+        return one.model_copy(update={name: find(value) for name in names if (value := getattr(one, name)) is not None})
+
+    def model(one: Any) -> Any:
+        template = one.tokenizer.chat_template
+        is_file_name = template is not None and "\n" not in template and "{" not in template
+        tokenizer = one.tokenizer.model_copy(
+            update={
+                "name": find(one.tokenizer.name),
+                "chat_template": find(template) if is_file_name else template,
+            }
+        )
+        return one.model_copy(update={"model_name": find(one.model_name), "tokenizer": tokenizer})
+
+    recipe = loaded.recipe
+    data = recipe.data.model_copy(
+        update={
+            "train": [dataset(one) for one in recipe.data.train],
+            "validation": [dataset(one) for one in recipe.data.validation],
+        }
+    )
+    return recipe.model_copy(update={"policy": model(recipe.policy), "teacher": model(recipe.teacher), "data": data})
+
+
+class RunFolder:
+    """The folder of one run; holding it locks other runs out.
+
+    Raises:
+        RecipeError: it cannot be written, or another process is running in it.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.path = Path(recipe.logger.log_dir)
+        for key, folder in (
+            ("logger.log_dir", self.path),
+            ("checkpointing.checkpoint_dir", Path(recipe.checkpointing.checkpoint_dir)),
+        ):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / ".writable"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise RecipeError(
+                    key,
+                    f"the folder cannot be written ({error.strerror})",
+                    f"Give a folder that can: {key}=PATH",
+                    value=str(folder),
+                ) from error
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(
+                "logger.log_dir",
+                "another run is writing there",
+                "Wait for it, or give another folder",
+                value=str(self.path),
+            ) from None
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.jsonl."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """summary.json."""
+        return self.path / "summary.json"
+
+    def record(self, loaded: LoadedRecipe) -> None:
+        """Save the resolved recipe and the environment with the run; say what changed since an earlier start."""
+        saved = self.path / "recipe.json"
+        if saved.exists():
+            changes = _differences(json.loads(saved.read_text()), json.loads(json.dumps(loaded.resolved)))
+            for name, (old, new) in changes.items():
+                logger.info(f"changed since this run began: {name} {old!r} -> {new!r}")
+        write_json(saved, loaded.resolved)
+        loaded.dump(self.path / "recipe.yaml")
+        write_json(self.path / "environment.json", environment())
+
+    def completed_steps(self) -> int:
+        """Steps of the run that the summary says is complete; 0 without one."""
+        return json.loads(self.summary.read_text())["steps"] if self.summary.exists() else 0
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json."""
+        write_json(self.summary, summary)
+
+    def replace(self, name: str, write: Callable[[Path], None]) -> None:
+        """Write a folder under a temporary name, then put it in the place of the old one."""
+        final, temporary = self.path / name, self.path / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        write(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+
+    def close(self) -> None:
+        """Let other runs in."""
+        self._lock.close()
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = {}
+        for name in old.keys() | new.keys():
+            found |= _differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+        return dict(sorted(found.items()))
+    return {} if old == new else {prefix: (old, new)}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware, as saved with the run."""
+    packages = {}
+    for name in ("fastkd", "torch", "triton", "transformers", "datasets", "safetensors"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    import torch
+
+    root = Path(__file__).resolve().parents[1]
+    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "python": platform.python_version(),
+        "packages": packages,
+        "commit": commit.stdout.strip() or None,
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }

@@ -1,0 +1,52 @@
+"""Where the time of a step goes, and how much memory is in use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+class Spans:
+    """Wall-clock seconds by name, summed until taken."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time inside to ``name``. On a GPU the device is awaited, or kernels still queued would go uncounted."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available() and torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def seconds(self, name: str) -> float:
+        """What ``name`` has summed up to."""
+        return self._seconds[name]
+
+    def peek(self) -> dict[str, float]:
+        """The spans so far as metrics, ``timing/<name>``."""
+        return {f"timing/{name}": seconds for name, seconds in self._seconds.items()}
+
+    def take(self) -> dict[str, float]:
+        """What ``peek`` gives; starts anew."""
+        taken = self.peek()
+        self._seconds = {}
+        return taken
+
+
+def memory_gib(device: torch.device) -> float:
+    """Memory in use now: the device's peak since the last call on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 2**30

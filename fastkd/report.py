@@ -1,0 +1,90 @@
+"""What a person sees at the start and at the end of a run, and ``summary.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fastkd.driver import Inputs
+from fastkd.log import logger
+from fastkd.recipe import LoadedRecipe
+
+
+def opening(loaded: LoadedRecipe, inputs: Inputs, folder: Path, last_step: int, device: str) -> None:
+    """Models, loss, batch arithmetic, ignored keys, and one rendered prompt."""
+    recipe = inputs.recipe
+    loop, loss = recipe.distillation, recipe.loss_fn
+    weights = f" (forward weight {loss.mixed_kl_weight})" if loss.kl_type == "mixed" else ""
+    for key in loaded.ignored:
+        logger.info(f"no effect here: {key.name}={key.value!r} ({key.reason})")
+    logger.info(f"student     {loaded.recipe.policy.model_name} | {recipe.policy.precision} on {device}")
+    logger.info(f"teacher     {loaded.recipe.teacher.model_name} | top-{loop.topk_logits_k} of every response token")
+    logger.info(
+        f"loss        {loss.kl_type}{weights}, outside the top-k: {loss.outside}, temperature {loss.temperature}"
+    )
+    logger.info(
+        f"batch       {loop.num_prompts_per_step} prompts x {loop.num_generations_per_prompt} rollouts, "
+        f"{recipe.policy.train_global_batch_size} per optimizer step"
+    )
+    logger.info(
+        f"data        {len(inputs.train.problems)} training problems, {len(inputs.validation)} validation samples, "
+        f"{last_step} steps"
+    )
+    logger.info(f"run folder  {folder}")
+    example = inputs.train.render(0, inputs.train.problems.rows[0])
+    logger.info(f"a prompt    {example.text!r} ({len(example.tokens)} tokens)")
+
+
+def summarise(lines: Sequence[Mapping[str, float]], steps: int, tokens: int) -> dict[str, Any]:
+    """The figures of ``summary.json`` from the lines of metrics.jsonl; None for what was not measured.
+
+    accuracy_before / accuracy_after and kl_first / kl_last are those of the first and the last validation; KL is the
+    reverse KL to the teacher per response token, in nats, with one bucket for everything outside the top-k.
+    """
+
+    def values(name: str) -> list[float]:
+        return [line[name] for line in lines if name in line]
+
+    def first(name: str) -> float | None:
+        return next(iter(values(name)), None)
+
+    def last(name: str) -> float | None:
+        return next(reversed(values(name)), None)
+
+    return {
+        "accuracy_before": first("validation/accuracy"),
+        "accuracy_after": last("validation/accuracy"),
+        "teacher_accuracy": first("validation/teacher_accuracy"),
+        "kl_first": first("validation/kl"),
+        "kl_last": last("validation/kl"),
+        "steps": steps,
+        "tokens": tokens,
+        "seconds": last("timing/elapsed"),
+    }
+
+
+def closing_table(summary: Mapping[str, Any], folder: Path) -> Table:
+    """Before, after and the teacher, side by side."""
+    table = Table(title="distillation finished", title_justify="left")
+    for column in ("", "before", "after", "teacher"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def show(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    table.add_row(
+        "accuracy",
+        show(summary["accuracy_before"], ".3f"),
+        show(summary["accuracy_after"], ".3f"),
+        show(summary["teacher_accuracy"], ".3f"),
+    )
+    table.add_row("KL to the teacher", show(summary["kl_first"], ".4f"), show(summary["kl_last"], ".4f"), "0")
+    table.add_row("steps", "", str(summary["steps"]), "")
+    table.add_row("tokens", "", f"{summary['tokens']:,}", "")
+    table.add_row("seconds", "", show(summary["seconds"], ".0f"), "")
+    table.caption = f"{folder}: summary.json, metrics.jsonl, plot.png, export/ (Hugging Face format)"
+    table.caption_justify = "left"
+    return table

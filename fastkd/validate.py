@@ -1,0 +1,89 @@
+"""Validation: graded answers on held-out prompts, and the KL to the teacher on the same prompts with the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastkd import evaluate
+from fastkd.batch import Prompt
+from fastkd.config import Recipe
+from fastkd.driver import Inputs
+from fastkd.log import bars, console, logger
+from fastkd.metrics import Metrics
+from fastkd.pools import LocalPool
+from fastkd.rollout import Generation, Request
+from fastkd.sampling import Sampler
+from fastkd.student import Student
+from fastkd.teacher import Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Validator:
+    """What a validation needs; ``run`` may be called at any step."""
+
+    inputs: Inputs
+    folder: Path
+    """Run folder: all samples go to ``validation/step_N.jsonl``."""
+    generation: LocalPool[Generation]
+    teacher: LocalPool[Teacher]
+    student: LocalPool[Student]
+    teacher_generation: LocalPool[Generation] | None
+    """Generates with the teacher's weights, when the recipe wants its accuracy."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run."""
+        return self.inputs.recipe
+
+    def run(self, step: int, *, first: bool) -> Metrics:
+        """Validate the student as it is now; the first time the teacher's own answers are graded too."""
+        prompts = self.inputs.validation
+        graded = self._answer("validating", self.generation, prompts)
+        lengths = [len(one.rollout.response) for one in graded]
+        found: Metrics = {
+            "validation/accuracy": evaluate.accuracy(graded),
+            "validation/mean_length": sum(lengths) / max(len(lengths), 1),
+        }
+        rollouts = [one.rollout for one in graded]
+        sampling = self.recipe.policy.generation
+        if sampling.sampling() != sampling.sampling(validation=True):
+            # The KL is an expectation over what training samples, not over the answers that are graded.
+            with bars.phase("sampling", len(prompts)):
+                rollouts = self.generation.run(Generation.sample, prompts, self._request(grading=False))
+        with bars.phase("scoring", len(rollouts)):
+            targets = self.teacher.run(Teacher.score, rollouts)
+            divergences = self.student.run(
+                Student.divergences,
+                rollouts,
+                targets,
+                with_loss=self.recipe.distillation.val_track_train_metrics,
+            )
+        found |= {f"validation/{name}": value for name, value in divergences.items()}
+        line = f"accuracy {found['validation/accuracy']:.3f} | kl {found['validation/kl']:.4f}"
+        if first and self.teacher_generation is not None:
+            answers = self._answer("teacher", self.teacher_generation, prompts)
+            found["validation/teacher_accuracy"] = evaluate.accuracy(answers)
+            line += f" | teacher accuracy {found['validation/teacher_accuracy']:.3f}"
+        logger.info(f"validation at step {step} | {line} | {len(graded)} problems")
+        evaluate.write_samples(self.folder / "validation" / f"step_{step}.jsonl", graded)
+        if count := self.recipe.logger.num_val_samples_to_print:
+            console.print(evaluate.sample_table(graded, count, f"samples at step {step}"))
+        return found
+
+    def _answer(self, shown: str, pool: LocalPool[Generation], prompts: Sequence[Prompt]) -> list[evaluate.Graded]:
+        with bars.phase(shown, len(prompts)):
+            answers = pool.run(
+                Generation.sample,
+                prompts,
+                self._request(grading=True),
+                batch_size=self.recipe.distillation.val_batch_size,
+            )
+        return evaluate.grade(answers, self.inputs.tokenizer)
+
+    def _request(self, *, grading: bool) -> Request:
+        # step=0 always: every validation of a run meets the same noise, so that figures differ by the weights alone.
+        sampler = Sampler(*self.recipe.policy.generation.sampling(validation=grading))
+        purpose = "grading" if grading else "validation"
+        return Request(sampler, 1, self.recipe.distillation.seed, step=0, purpose=purpose)

@@ -1,0 +1,83 @@
+"""The three GEMMs of a linear head, always accumulated and returned in float32 (float64 for float64 inputs).
+
+Z = X Wᵀ, dX = dZ W, dW += dZᵀ X. On CUDA bfloat16 operands go to cuBLAS with a float32 output, so logits are never
+rounded. Elsewhere bfloat16 weights are widened a few rows at a time into one reused scratch: widening the whole head
+would cost 4·V·D bytes, which is the memory this package exists to avoid. Narrow GEMMs are slower, so the scratch is
+as large as a chunk may be.
+
+Letters: c rows of one chunk, D hidden, V vocabulary rows of this shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastkd._kernels.rows import compute_dtype
+
+
+class HeadGemms:
+    """The GEMMs of one head weight [V, D] with activations of the same dtype."""
+
+    def __init__(self, weight: Tensor, scratch_bytes: int):
+        self.weight = weight
+        self.dtype = compute_dtype(weight.dtype)
+        self.native = weight.dtype == self.dtype
+        self.mixed = not self.native and weight.is_cuda
+        row_bytes = max(1, weight.shape[1] * self.dtype.itemsize)
+        self.slab_rows = max(1, scratch_bytes // row_bytes)
+        self._whole: Tensor | None = None
+
+    def activations(self, x: Tensor) -> Tensor:
+        """``x`` as the GEMMs want it: as it is, or widened where the device has no mixed GEMM."""
+        return x if self.mixed else x.to(self.dtype)
+
+    def logits(self, x: Tensor, out: Tensor) -> None:
+        """out[c, V] = x[c, D] Wᵀ."""
+        if self.mixed:
+            torch.mm(x, self.weight.t(), out_dtype=self.dtype, out=out)
+            return
+        for start, stop, slab in self._slabs():
+            torch.mm(x, slab.t(), out=out[:, start:stop])
+
+    def grad_hidden(self, dz: Tensor, out: Tensor, accumulate: bool = False) -> None:
+        """out[c, D] = dz[c, V] W, or out += with ``accumulate``."""
+        if self.mixed:
+            torch.addmm(out, dz, self.weight, out_dtype=self.dtype, beta=int(accumulate), out=out)
+            return
+        for start, stop, slab in self._slabs():
+            torch.addmm(out, dz[:, start:stop], slab, beta=int(accumulate), out=out)
+            accumulate = True
+
+    def grad_weight(self, dz: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
+        """out[V, D] = dzᵀ x, or out += with ``accumulate``; ``out`` is in the compute dtype."""
+        if self.mixed:
+            torch.addmm(out, dz.t(), x, out_dtype=self.dtype, beta=int(accumulate), out=out)
+        elif accumulate:
+            torch.addmm(out, dz.t(), x, out=out)
+        else:
+            torch.mm(dz.t(), x, out=out)
+
+    def narrow(self, dz: Tensor) -> Tensor:
+        """``dz`` in the dtype of the backward GEMMs: bfloat16 for the mixed ones, else unchanged."""
+        return dz.to(self.weight.dtype) if self.mixed else dz
+
+    def _slabs(self) -> Iterator[tuple[int, int, Tensor]]:
+        """The weight in the compute dtype, in row ranges (start, stop, rows)."""
+        total = self.weight.shape[0]
+        if self.native:
+            yield 0, total, self.weight
+            return
+        if total <= self.slab_rows:  # a small head is widened once, not once per chunk and pass
+            if self._whole is None:
+                self._whole = self.weight.to(self.dtype)
+            yield 0, total, self._whole
+            return
+        scratch = self.weight.new_empty((self.slab_rows, self.weight.shape[1]), dtype=self.dtype)
+        for start in range(0, total, self.slab_rows):
+            stop = min(start + self.slab_rows, total)
+            slab = scratch[: stop - start]
+            slab.copy_(self.weight[start:stop])
+            yield start, stop, slab

@@ -1,0 +1,99 @@
+"""What tensor-parallel ranks tell each other about a row: a handful of scalars, never [N, K].
+
+Each rank holds a range of vocabulary ids. One all-gather merges the logsumexps, maxima and picked logits of a chunk,
+a second one sums the loss terms over the kept ids; complete gradient values stay with the rank that owns the id. Both
+are gathered and reduced in rank order on every rank, so that all hold the same bits. Without a group every function
+returns its argument.
+
+Letters: R ranks, m scalars per row, c rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastkd._kernels.rows import LOG_ZERO, Tail
+
+
+class Pending:
+    """A collective under way; ``wait`` returns when its tensor is ready."""
+
+    def __init__(self, work=None):
+        self.work = work
+
+    def wait(self) -> None:
+        """Block until done (at once when nothing was sent)."""
+        if self.work is not None:
+            self.work.wait()
+
+
+class Shards:
+    """The ranks that share one vocabulary; ``group`` None means that this process holds all of it."""
+
+    def __init__(self, group=None):
+        self.group = group
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self.rank = dist.get_rank(group) if group is not None else 0
+
+    @property
+    def parallel(self) -> bool:
+        """Whether other ranks hold other ids."""
+        return self.size > 1
+
+    def vocabulary(self, start: int, rows: int) -> int:
+        """One past the highest id that any rank holds."""
+        device = "cpu" if dist.get_backend(self.group) == "gloo" else torch.accelerator.current_accelerator()
+        end = torch.tensor([start + rows], device=device)
+        dist.all_reduce(end, dist.ReduceOp.MAX, group=self.group)
+        return int(end)
+
+    def gather(self, local_mc: Tensor) -> Tensor:
+        """[R, m, c] of every rank's [m, c]."""
+        gathered = local_mc.new_empty((self.size, *local_mc.shape))
+        dist.all_gather_into_tensor(gathered, local_mc.contiguous(), group=self.group)
+        return gathered
+
+    def sum(self, local_mc: Tensor) -> Tensor:
+        """Sum over ranks, in rank order."""
+        return self.gather(local_mc).sum(0) if self.parallel else local_mc
+
+    def start_sum(self, tensor: Tensor) -> Pending:
+        """Begin the in-place sum of a large tensor (dX) over the ranks."""
+        if not self.parallel:
+            return Pending()
+        return Pending(dist.all_reduce(tensor, group=self.group, async_op=True))
+
+    def merge(
+        self,
+        lse_kept: Tensor,
+        tail: Tail | None,
+        top_logit: Tensor | None,
+        highest: Tensor | None,
+        label_logit: Tensor | None,
+    ) -> tuple[Tensor, Tail | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The same row scalars over all ids: logsumexps added, maxima taken, picked logits from their owner."""
+        if not self.parallel:
+            return lse_kept, tail, top_logit, highest, label_logit
+        fields = [lse_kept, top_logit, highest, label_logit, *(tail or (None,) * 4)]
+        gathered = iter(self.gather(torch.stack([x for x in fields if x is not None])).unbind(1))
+        every = [None if x is None else next(gathered) for x in fields]  # each [R, c]
+        lse_kept_R, top_R, highest_R, label_R, *tail_R = every
+        assert lse_kept_R is not None
+        merged = merge_tails(Tail(*tail_R)) if tail is not None else None
+        # A picked logit is LOG_ZERO on every rank but its owner.
+        top_logit, highest, label_logit = (
+            None if x is None else x.amax(0) for x in (top_R, highest_R, label_R)
+        )
+        return lse_kept_R.logsumexp(0), merged, top_logit, highest, label_logit
+
+
+def merge_tails(parts: Tail) -> Tail:
+    """One tail from several disjoint ones, whose fields are stacked along dimension 0."""
+    lse = parts.lse.logsumexp(0)
+    mean = None
+    if parts.mean is not None:
+        # Empty parts weigh 0; if all are empty the mean is LOG_ZERO and its mass will be 0.
+        mean = (torch.exp(parts.lse - lse) * parts.mean).sum(0).clamp(min=LOG_ZERO)
+    return Tail(lse, parts.max.amax(0), mean, None if parts.lse_raw is None else parts.lse_raw.logsumexp(0))

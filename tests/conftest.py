@@ -1,0 +1,79 @@
+"""Tiny models and data for the tests: real Qwen3 architectures, random or the shipped arithmetic ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ARITHMETIC = ROOT / "recipes" / "arithmetic"
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def arithmetic() -> Path:
+    return ARITHMETIC
+
+
+@pytest.fixture
+def tiny_qwen3():
+    """Builds a random Qwen3 with our attention: tiny_qwen3(tied=True, layers=2, …)."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from fastkd import attention
+
+    def build(tied: bool = True, seed: int = 0, dtype=torch.float32, **changes):
+        settings = dict(
+            vocab_size=101,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=256,
+            tie_word_embeddings=tied,
+            initializer_range=0.2,
+        )
+        torch.manual_seed(seed)
+        config = Qwen3Config(**{**settings, **changes})
+        model = Qwen3ForCausalLM._from_config(config, attn_implementation=attention.NAME).to(dtype)
+        if dtype == torch.float64:
+            # transformers' norms compute in float32 whatever the model's dtype; a float64 test needs float64 norms.
+            for module in list(model.modules()):
+                for name, child in module.named_children():
+                    if type(child).__name__ == "Qwen3RMSNorm":
+                        norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=dtype)
+                        setattr(module, name, norm)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def rollouts():
+    """Random rollouts over a vocabulary of 101: rollouts(8, seed=0)."""
+    import random
+
+    from fastkd.batch import Prompt, Rollout
+
+    def build(count: int, seed: int = 0, longest: int = 12) -> list[Rollout]:
+        rng = random.Random(seed)
+        made = []
+        for index in range(count):
+            prompt = tuple(rng.randrange(101) for _ in range(rng.randint(1, longest)))
+            response = tuple(rng.randrange(101) for _ in range(rng.randint(1, longest)))
+            made.append(Rollout(Prompt(index, "", None, "", prompt), 0, response, True, 0))
+        return made
+
+    return build
