@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastkd import metrics, models
+from fastkd import metrics, models, optim
 from fastkd.batch import Prompt
 from fastkd.config import Dataset, Recipe
 from fastkd.data import PromptStream, Renderer, load_problems
@@ -56,6 +56,7 @@ def prepare(loaded: LoadedRecipe) -> Inputs:
     """
     recipe = locate(loaded)
     metrics.require_sinks(recipe.logger)
+    optim.check(recipe.policy)
     policy, teacher = recipe.policy, recipe.teacher
     student_config = models.load_config("policy.model_name", policy.model_name)
     teacher_config = models.load_config("teacher.model_name", teacher.model_name)

@@ -19,7 +19,7 @@ class UserError(ValueError):
         head = key if value is _UNSET else f"{key}={value!r}"
         text = f"{head}: {rule.rstrip('.')}."
         if remedy:
-            text += f" {remedy.rstrip('.')}."
+            text += f" {remedy.rstrip('.')}" + ("" if remedy.endswith("?") else ".")
         super().__init__(text)
 
 

@@ -16,6 +16,7 @@ from fastkd.errors import MissingDependency
 from fastkd.files import write_text
 
 Metrics = dict[str, float]
+_NAN = float("nan")  # shown for a step that had nothing to learn from
 Sink = Callable[[int, Mapping[str, float]], None]
 
 
@@ -25,14 +26,15 @@ class Recorder:
     Args:
         path: metrics.jsonl.
         config: recipe.logger.
-        resumed_step: lines after it are cut: they belong to work that is done again.
+        resumed_step: lines after it are cut: they belong to work that is done again. None cuts all of them.
         recipe: the resolved recipe, for sinks that show it.
     """
 
-    def __init__(self, path: Path, config: Logger, resumed_step: int, recipe: dict[str, Any]):
+    def __init__(self, path: Path, config: Logger, resumed_step: int | None, recipe: dict[str, Any]):
         self.path = path
         if path.exists():
-            write_text(path, "".join(json.dumps(line) + "\n" for line in read(path) if line["step"] <= resumed_step))
+            kept = [line for line in read(path) if resumed_step is not None and line["step"] <= resumed_step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._sinks: list[Sink] = []
         self._closers: list[Callable[[], None]] = []
@@ -54,10 +56,10 @@ class Recorder:
         for close in self._closers:
             close()
 
-    def _add_tensorboard(self, config: Logger, resumed_step: int) -> None:
+    def _add_tensorboard(self, config: Logger, resumed_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(config.tensorboard.log_dir, purge_step=resumed_step + 1 if resumed_step else None)
+        writer = SummaryWriter(config.tensorboard.log_dir, purge_step=0 if resumed_step is None else resumed_step + 1)
 
         def sink(step: int, metrics: Mapping[str, float]) -> None:
             for name, value in metrics.items():
@@ -131,7 +133,7 @@ def step_line(step: int, last: int, m: Mapping[str, float]) -> str:
     )
     memory = " ".join(f"{name[7:-4]} {value:.1f}" for name, value in m.items() if name.startswith("memory/"))
     return (
-        f"step {step}/{last} | kl {m.get('train/loss', float('nan')):.4f} | grad {m.get('train/grad_norm', float('nan')):.2f}"
+        f"step {step}/{last} | kl {m.get('train/loss', _NAN):.4f} | grad {m.get('train/grad_norm', _NAN):.2f}"
         f" | {_thousands(m['timing/tokens_per_second'])} tok/s | {times} | mem {memory} GiB"
     )
 

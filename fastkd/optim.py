@@ -77,6 +77,11 @@ def build_scheduler(policy: Policy, optimizer: Optimizer) -> schedulers.LRSchedu
     return schedulers.SequentialLR(optimizer, parts, milestones)
 
 
+def check(policy: Policy) -> None:
+    """Build both on one scalar, so that a mistake in them is found before a model is loaded. Raises RecipeError."""
+    build_scheduler(policy, build_optimizer(policy.optimizer, [nn.Parameter(torch.zeros(1))]))
+
+
 def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale gradients to a global L2 norm of at most ``max_norm``; returns the norm before, a device scalar."""
     limit = float("inf") if max_norm is None else max_norm

@@ -18,7 +18,7 @@ class Spans:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Add the time inside to ``name``. On a GPU the device is awaited, or kernels still queued would go uncounted."""
+        """Add the time inside to ``name``; a GPU is awaited, or kernels still queued would go uncounted."""
         start = time.perf_counter()
         try:
             yield

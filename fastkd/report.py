@@ -8,34 +8,24 @@ from typing import Any
 
 from rich.table import Table
 
+from fastkd.describe import outline
 from fastkd.driver import Inputs
 from fastkd.log import logger
 from fastkd.recipe import LoadedRecipe
 
 
-def opening(loaded: LoadedRecipe, inputs: Inputs, folder: Path, last_step: int, device: str) -> None:
-    """Models, loss, batch arithmetic, ignored keys, and one rendered prompt."""
-    recipe = inputs.recipe
-    loop, loss = recipe.distillation, recipe.loss_fn
-    weights = f" (forward weight {loss.mixed_kl_weight})" if loss.kl_type == "mixed" else ""
+def opening(loaded: LoadedRecipe, inputs: Inputs) -> None:
+    """The recipe in outline, ignored keys, what was loaded, and one rendered prompt."""
+    for line in outline(loaded):
+        logger.info(line)
     for key in loaded.ignored:
-        logger.info(f"no effect here: {key.name}={key.value!r} ({key.reason})")
-    logger.info(f"student     {loaded.recipe.policy.model_name} | {recipe.policy.precision} on {device}")
-    logger.info(f"teacher     {loaded.recipe.teacher.model_name} | top-{loop.topk_logits_k} of every response token")
+        logger.info(f"no effect here: {key}")
     logger.info(
-        f"loss        {loss.kl_type}{weights}, outside the top-k: {loss.outside}, temperature {loss.temperature}"
+        f"{'loaded':<12}{len(inputs.train.problems)} training problems, {len(inputs.validation)} validation samples; "
+        f"{inputs.last_step} steps in all"
     )
-    logger.info(
-        f"batch       {loop.num_prompts_per_step} prompts x {loop.num_generations_per_prompt} rollouts, "
-        f"{recipe.policy.train_global_batch_size} per optimizer step"
-    )
-    logger.info(
-        f"data        {len(inputs.train.problems)} training problems, {len(inputs.validation)} validation samples, "
-        f"{last_step} steps"
-    )
-    logger.info(f"run folder  {folder}")
     example = inputs.train.render(0, inputs.train.problems.rows[0])
-    logger.info(f"a prompt    {example.text!r} ({len(example.tokens)} tokens)")
+    logger.info(f"{'a prompt':<12}{example.text!r} ({len(example.tokens)} tokens)")
 
 
 def summarise(lines: Sequence[Mapping[str, float]], steps: int, tokens: int) -> dict[str, Any]:

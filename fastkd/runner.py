@@ -1,4 +1,4 @@
-"""The loop. ``Runner.step`` is the whole engine in one sentence; cadence (validation, checkpoints, logs) is around it."""
+"""The loop: ``Runner.step`` is the whole engine in one sentence; validation, saving and logging are around it."""
 
 from __future__ import annotations
 
@@ -108,10 +108,13 @@ class Runner:
 
     def run(self) -> None:
         """All steps that are left, then the summary."""
-        elapsed_before = self._resume()
+        resumed = self._resume()
+        elapsed_before = resumed.elapsed_seconds if resumed else 0.0
         began = time.monotonic()
         deadline = _seconds(self.recipe.checkpointing.checkpoint_must_save_by)
-        recorder = Recorder(self.folder.metrics, self.recipe.logger, self.step_number, self.loaded.resolved)
+        recorder = Recorder(
+            self.folder.metrics, self.recipe.logger, resumed.step if resumed else None, self.loaded.resolved
+        )
 
         def elapsed() -> float:
             return elapsed_before + time.monotonic() - began
@@ -176,20 +179,20 @@ class Runner:
         config = self.recipe.checkpointing
         return config.enabled and (self.step_number % config.save_period == 0 or self.step_number == self.last_step)
 
-    def _resume(self) -> float:
-        """Take up the newest checkpoint, if there is one; returns the seconds spent before it."""
+    def _resume(self) -> TrainingInfo | None:
+        """Take up the newest checkpoint, if there is one."""
         if not self.recipe.checkpointing.enabled:
-            return 0.0
+            return None
         loaded = self.checkpoints.load_newest(lambda: self.student.run(Student.state_dict))
         if loaded is None:
-            return 0.0
+            return None
         info, state = loaded
         self.student.run(Student.load_state_dict, state)
         self.generation.run(Generation.adopt, self.student.worker.version)
         self.step_number, self.total_tokens = info.step, info.total_tokens
         self.prompts.consumed = info.consumed_prompts
         logger.info(f"resumed from {self.checkpoints.path(info.step)}")
-        return info.elapsed_seconds
+        return info
 
     def _save(self, found: Metrics, elapsed: float) -> None:
         with self.spans.measure("checkpoint"):
@@ -229,7 +232,7 @@ def run(loaded: LoadedRecipe) -> None:
     """
     log.configure()
     inputs = prepare(loaded)
-    device = local_device(inputs.recipe.cluster)
+    local_device(inputs.recipe.cluster)  # a missing GPU is a mistake to find before the run folder exists
     folder = RunFolder(inputs.recipe)
     try:
         if folder.completed_steps() >= inputs.last_step:
@@ -239,7 +242,7 @@ def run(loaded: LoadedRecipe) -> None:
             )
             return
         folder.record(loaded)
-        opening(loaded, inputs, folder.path, inputs.last_step, str(device))
+        opening(loaded, inputs)
         Runner(loaded, inputs, folder).run()
     finally:
         folder.close()

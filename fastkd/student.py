@@ -49,8 +49,10 @@ class Student:
             "policy.model_name", self.policy.model_name, dtype=torch.float32, device=device
         )
         if self.policy.dtensor_cfg.activation_checkpointing:
-            # use_reentrant=False keeps autocast and works on a frozen input; the fused head stays outside.
-            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            # The method's name depends on the transformers version. use_reentrant=False keeps autocast and works on
+            # a frozen input; the fused head stays outside.
+            enable = getattr(causal_lm, "activation_checkpointing_enable", None)
+            (enable or causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
         self.causal_lm = causal_lm.train()
         self.model = StudentModel(causal_lm, valid_vocab)
         self.parameters = [p for p in causal_lm.parameters() if p.requires_grad]

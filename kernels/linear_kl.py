@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from fastkd._kernels.gemm import HeadGemms
 from fastkd._kernels.heads import GivenLogits, LinearHead
 from fastkd._kernels.problem import Outputs, Problem
-from fastkd._kernels.row_stats import gather_poison, pick, tail_stats, write_dlogits
+from fastkd._kernels.row_stats import exponents, gather_poison, pick, tail_stats, write_dlogits
 from fastkd._kernels.rows import (
     LOG_ZERO,
     RowGradient,
@@ -117,7 +117,10 @@ def run_fast(head: LinearHead | GivenLogits, problem: Problem, outputs: Outputs)
         picked_K = gather_poison(chunk, columns_K)
         tail = None
         if o.needs_tail:
-            tail = tail_stats(logits, o.temperature, o.needs_tail_mean, problem.wants_raw)
+            tail = tail_stats(
+                logits, o.temperature, mean=o.needs_tail_mean, raw=problem.wants_raw, linear=o.linear_term
+            )
+        shift = tail.max if tail is not None else None  # of this shard: ``finish_rows`` merges its own copy
         gradient, lse_tail = finish_rows(
             problem,
             outputs,
@@ -130,7 +133,7 @@ def run_fast(head: LinearHead | GivenLogits, problem: Problem, outputs: Outputs)
             label_logit,
         )
         if head.needs_gradient:
-            write_dlogits(logits, lse_tail, o.temperature, gradient)
+            write_dlogits(logits, shift, lse_tail, gradient)
             chunk.scatter_(1, columns_K, gradient.complete_K)
             head.drain(part, logits)
 
@@ -193,10 +196,10 @@ def run_low(head: LinearHead, problem: Problem, outputs: Outputs) -> None:
             label_logit = torch.maximum(label_logit, pick(chunk, columns_of(label_columns, part.start, v, None), v))
         values_K = torch.where(columns_K == v, values_K, gather_poison(chunk, columns_K))
         if o.needs_tail:
-            found = tail_stats(chunk[:, :v], o.temperature, o.needs_tail_mean, problem.wants_raw)
+            found = tail_stats(chunk[:, :v], o.temperature, mean=o.needs_tail_mean, raw=problem.wants_raw)
             tail = found if tail is None else _join(tail, found)
     if tail is None and o.needs_tail:  # a shard without a valid id
-        tail = tail_stats(values_K[:, :0], o.temperature, o.needs_tail_mean, problem.wants_raw)
+        tail = tail_stats(values_K[:, :0], o.temperature, mean=o.needs_tail_mean, raw=problem.wants_raw)
 
     gradient, lse_tail = _finish_in_chunks(problem, outputs, slabs, values_K, tail, label_logit)
     if not head.needs_gradient:
@@ -210,7 +213,8 @@ def run_low(head: LinearHead, problem: Problem, outputs: Outputs) -> None:
         logits = chunk[:, :v]
         if o.dense_gradient:
             gemms.logits(x, logits)
-        write_dlogits(logits, lse_tail, o.temperature, gradient)
+            exponents(logits, o.temperature, lse_tail, o.linear_term)
+        write_dlogits(logits, lse_tail, lse_tail, gradient)
         chunk.scatter_(1, columns_of(slabs.position_K, part.start, v, None), gradient.complete_K)
         dz = gemms.narrow(logits)
         if grad_x is not None:

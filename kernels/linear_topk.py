@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastkd._kernels.gemm import HeadGemms
-from fastkd._kernels.row_stats import blocks, gather_poison, tail_stats
-from fastkd._kernels.row_topk import row_topk, select
-from fastkd._kernels.rows import LOG_ZERO, LOG_ZERO_BOUND, TopK, chunks, compute_dtype, leading_dimension
+from fastkd._kernels.row_stats import gather_poison, tail_stats
+from fastkd._kernels.row_topk import padded_columns, row_topk, select
+from fastkd._kernels.rows import LOG_ZERO, TopK, chunks, compute_dtype, leading_dimension
 from fastkd._kernels.vocab_parallel import Shards
 
 
@@ -38,36 +38,35 @@ def linear_topk(
         merged = _merge(local, k, temperature, shards) if shards.parallel else local
     tail = merged.tail_logsumexp
     assert tail is not None
-    return merged._replace(tail_logsumexp=tail.masked_fill(tail < LOG_ZERO_BOUND, -torch.inf))
+    return merged._replace(tail_logsumexp=tail.masked_fill(tail == LOG_ZERO, -torch.inf))
 
 
 def _local_topk(hidden: Tensor, weight: Tensor, k: int, temperature: float, chunk_bytes: int) -> TopK:
     n, columns = hidden.shape[0], weight.shape[0]
     dtype = compute_dtype(weight.dtype)
     make = hidden.new_empty
-    result = TopK(make((n, k), dtype=torch.int32), make((n, k), dtype=dtype), make(n, dtype=dtype), make(n, dtype=dtype))
+    result = TopK(
+        make((n, k), dtype=torch.int32), make((n, k), dtype=dtype), make(n, dtype=dtype), make(n, dtype=dtype)
+    )
     assert result.logsumexp is not None and result.tail_logsumexp is not None
     scratch = chunk_bytes // 4 if weight.dtype != dtype and not weight.is_cuda else 0
     gemms = HeadGemms(weight, scratch)
-    leading = leading_dimension(columns)
+    leading = leading_dimension(padded_columns(columns, k))
     buffer = None
     for part in chunks(n, leading * dtype.itemsize, chunk_bytes - scratch):
         c = part.stop - part.start
         if buffer is None:
             buffer = make((c, leading), dtype=dtype)
+            buffer[:, columns:] = -torch.inf  # the lanes' padding; GEMMs write in front of it
         chunk, logits = buffer[:c], buffer[:c, :columns]
         gemms.logits(gemms.activations(hidden[part]), logits)
-        for rows in blocks(c, columns, dtype.itemsize, hidden.device):
-            block = logits[rows]
-            chosen_K = row_topk(block, k)
-            into = slice(part.start + rows.start, part.start + rows.stop)
-            result.indices[into] = chosen_K
-            picked_K = gather_poison(block, chosen_K)
-            result.logits[into] = picked_K
-            tail = tail_stats(block, temperature, mean=False, raw=False).lse
-            tail = torch.where(tail < LOG_ZERO_BOUND, LOG_ZERO, tail)
-            result.tail_logsumexp[into] = tail
-            result.logsumexp[into] = torch.logaddexp((picked_K / temperature).logsumexp(1), tail)
+        chosen_K = row_topk(chunk, columns, k)
+        picked_K = gather_poison(chunk, chosen_K)
+        tail = tail_stats(logits, temperature).lse
+        result.indices[part] = chosen_K
+        result.logits[part] = picked_K
+        result.tail_logsumexp[part] = tail
+        result.logsumexp[part] = torch.logaddexp((picked_K / temperature).logsumexp(1), tail)
     return result
 
 

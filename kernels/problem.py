@@ -67,11 +67,7 @@ class Problem:
     def fields(self) -> list[str]:
         """Names of the per-token fields this problem fills."""
         names = ["per_token"]
-        if (
-            self.whole_vocabulary
-            or self.teacher.logsumexp is not None
-            or self.teacher.tail_logsumexp is not None
-        ):
+        if self.whole_vocabulary or self.teacher.logsumexp is not None or self.teacher.tail_logsumexp is not None:
             names.append("teacher_mass")
         if self.objective.needs_tail:
             names.append("student_mass")

@@ -1,7 +1,8 @@
 """The dense passes over a chunk of logits: poison the kept ids, measure the rest, write dlogits.
 
 These are the memory-bound sweeps between the GEMMs, and the functions a GPU kernel replaces one for one. On the CPU
-they walk over blocks of rows that fit a core's cache, so that the two to four sweeps of each cost one trip to memory.
+they walk over blocks of rows that fit a core's cache, so that the sweeps of one pass cost one trip to memory, and the
+measuring pass leaves its exponentials in place of the logits: the writing pass is then a single multiplication.
 
 Letters: c rows of one chunk, V columns of this shard or slab, K kept; [c] row scalars carry no suffix.
 """
@@ -11,10 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd._kernels.rows import LOG_ZERO, RowGradient, Tail
+from fastkd._kernels.rows import LOG_ZERO, LOG_ZERO_BOUND, RowGradient, Tail
 
-# Bytes of a block of rows that the dense passes work on at a time, so that its 2-4 sweeps hit the cache.
+# Bytes of a block of rows: with its scratch it should stay in the second-level caches of a few cores.
 _BLOCK_BYTES = 1 << 21
+
+
+def blocks(rows: int, columns: int, itemsize: int, device: torch.device) -> list[slice]:
+    """Slices of rows that fit a core's cache; one slice on accelerators, where launches cost more than memory."""
+    step = max(1, _BLOCK_BYTES // max(1, columns * itemsize)) if device.type == "cpu" else max(1, rows)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def gather_poison(buffer: Tensor, columns_K: Tensor) -> Tensor:
@@ -24,70 +31,92 @@ def gather_poison(buffer: Tensor, columns_K: Tensor) -> Tensor:
     return picked_K
 
 
-def blocks(rows: int, columns: int, itemsize: int, device: torch.device) -> list[slice]:
-    """Slices of rows that fit a core's cache; one slice on accelerators, where launches cost more than memory."""
-    if rows == 0 or columns == 0:
-        return []
-    step = max(1, _BLOCK_BYTES // (columns * itemsize)) if device.type == "cpu" else rows
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+def pick(chunk: Tensor, columns: Tensor, trash: int) -> Tensor:
+    """One logit per row, LOG_ZERO where its id is not held here (column ``trash``)."""
+    values = chunk.gather(1, columns[:, None]).squeeze(1)
+    return values.masked_fill(columns == trash, LOG_ZERO)
 
 
-def tail_stats(logits: Tensor, temperature: float, mean: bool, raw: bool) -> Tail:
-    """Logsumexp, maximum and (on request) mean of a chunk of poisoned logits [c, V].
+def tail_stats(
+    logits: Tensor,
+    temperature: float,
+    *,
+    mean: bool = False,
+    raw: bool = False,
+    linear: bool = False,
+    top: Tensor | None = None,
+) -> Tail:
+    """Logsumexp, maximum and (on request) mean of a chunk of poisoned logits [c, V], which is used up.
 
-    An empty tail (all poisoned) comes out as LOG_ZERO-sized lse and max. ``raw``: also the logsumexp at T = 1.
+    Instead of the logits it holds exp(z − max) afterwards, or with ``linear`` z − max, as ``write_dlogits`` expects.
+    ``raw`` asks for the logsumexp at T = 1 too; ``top`` [c] is the maximum where it is known already. An empty tail
+    (all poisoned) comes out as LOG_ZERO.
     """
     c, columns = logits.shape
-    shape = (4, c)
-    top, total, total_raw, weighted = logits.new_empty(shape)
-    if columns == 0:
+    if columns == 0 or c == 0:
         empty = logits.new_full((c,), LOG_ZERO)
         return Tail(empty, empty, empty if mean else None, empty if raw else None)
+    found = logits.new_empty((4, c))
+    if top is None:
+        top = found[3]
+        measure = True
+    else:
+        measure = False
+    total, total_raw, weighted = found[0], found[1], found[2]
     parts = blocks(c, columns, logits.element_size(), logits.device)
-    step = parts[0].stop - parts[0].start if parts else 0
-    shifted = logits.new_empty((step, columns))
-    powers = logits.new_empty((step, columns)) if mean or raw else shifted
+    scratch = logits.new_empty((parts[0].stop, columns))
     for rows in parts:
         block = logits[rows]
-        torch.amax(block, 1, out=top[rows])
-        x, e = shifted[: len(block)], powers[: len(block)]
+        other = scratch[: block.shape[0]]
+        if measure:
+            torch.amax(block, 1, out=top[rows])
+        # Exponents in one place, powers in the other; which of them replaces the logits is the caller's choice.
+        x, powers = (block, other) if linear else (other, block)
         torch.sub(block, top[rows, None], out=x)
         if raw:
-            torch.sum(torch.exp(x, out=e), 1, out=total_raw[rows])
+            torch.sum(torch.exp(x, out=powers), 1, out=total_raw[rows])
         if temperature != 1.0:
             x.mul_(1.0 / temperature)
-        torch.sum(torch.exp(x, out=e), 1, out=total[rows])
+        torch.sum(torch.exp(x, out=powers), 1, out=total[rows])
         if mean:
-            torch.sum(e.mul_(x), 1, out=weighted[rows])
+            torch.sum(torch.mul(x, powers, out=other), 1, out=weighted[rows])
     top_z = top / temperature
+    lse = top_z + total.log()
     return Tail(
-        lse=top_z + total.log(),
+        lse=torch.where(lse < LOG_ZERO_BOUND, LOG_ZERO, lse),
         max=top_z,
         mean=top_z + weighted / total if mean else None,
         lse_raw=top + total_raw.log() if raw else None,
     )
 
 
-def write_dlogits(logits: Tensor, lse_tail: Tensor, temperature: float, gradient: RowGradient) -> None:
-    """Overwrite a chunk of logits [c, V] with exp(z − lse_tail)(α + β z); kept ids are written afterwards."""
-    if gradient.alpha is None:
-        logits.zero_()
-        return
-    c, columns = logits.shape
-    shift = lse_tail[:, None]
-    for rows in blocks(c, columns, logits.element_size(), logits.device):
+def exponents(logits: Tensor, temperature: float, shift: Tensor, linear: bool) -> None:
+    """Turn logits [c, V] into what ``tail_stats`` leaves, for a known ``shift`` [c] in units of z."""
+    for rows in blocks(*logits.shape, logits.element_size(), logits.device):
         block = logits[rows]
         if temperature != 1.0:
             block.mul_(1.0 / temperature)
-        # The block may hold logits of kept ids above lse_tail; their result is overwritten, inf or not.
-        if gradient.beta is None:
-            block.sub_(shift[rows]).exp_().mul_(gradient.alpha[rows, None])
-        else:
-            factor = torch.addcmul(gradient.alpha[rows, None], block, gradient.beta[rows, None])
-            block.sub_(shift[rows]).exp_().mul_(factor)
+        block.sub_(shift[rows, None])
+        if not linear:
+            block.exp_()
 
 
-def pick(chunk: Tensor, columns: Tensor, trash: int) -> Tensor:
-    """One logit per row, LOG_ZERO where its id is not held here (column ``trash``)."""
-    values = chunk.gather(1, columns[:, None]).squeeze(1)
-    return values.masked_fill(columns == trash, LOG_ZERO)
+def write_dlogits(chunk: Tensor, shift: Tensor, lse_tail: Tensor, gradient: RowGradient) -> None:
+    """Overwrite a chunk [c, V] with exp(z − lse_tail)(α + β z); the kept ids are written afterwards.
+
+    ``chunk`` holds exp(z − shift), or z − shift when there is a β. Entries of kept ids may be anything.
+    """
+    if gradient.alpha is None:
+        chunk.zero_()
+        return
+    rescale = torch.exp(shift - lse_tail)
+    alpha = gradient.alpha * rescale
+    if gradient.beta is None:
+        chunk.mul_(alpha[:, None])
+        return
+    beta = gradient.beta * rescale
+    alpha = alpha + beta * shift
+    for rows in blocks(*chunk.shape, chunk.element_size(), chunk.device):
+        block = chunk[rows]
+        factor = torch.addcmul(alpha[rows, None], block, beta[rows, None])
+        block.exp_().mul_(factor)

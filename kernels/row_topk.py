@@ -1,21 +1,34 @@
-"""The exact K largest of each row, with the logsumexp of the row and of what was not kept.
+"""The exact K largest of each row, found among a few per cent of it.
 
 Sorting or selecting among 150,000 logits costs about as much as computing them. Instead: let lane l of a row be the
-ids l, l + L, l + 2L, …; the K-th largest lane maximum is a lower bound θ of the K-th largest logit (K distinct logits
-reach it), and no lane whose maximum is below θ holds a survivor. So the K best lanes, K · V/L candidates, contain the
-answer. Lanes are strided because neighbouring ids have similar logits, and contiguous ones would fill up unevenly.
-Ties: the lower id wins. If a lane that was not taken ties θ, the row is selected from all of its logits instead.
+ids l, l + L, l + 2L, …. K lanes have a maximum of at least θ, the K-th largest lane maximum, so θ is a lower bound of
+the K-th largest logit, and a lane whose maximum is below θ holds none of the K: the K best lanes hold them all. Lanes
+are strided because neighbouring ids have similar logits, which would crowd into few contiguous ones.
 
-Letters: c rows, V columns, L lanes, B = ceil(V / L) ids per lane, M candidates, K kept.
+Exactness is checked, not assumed: the result stands only if the K logits found lie strictly above every other one;
+rows with a tie at the border are selected from all of their logits, the lower id winning.
+
+Letters: c rows, V columns, L lanes of B ids each, K kept.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-# More lanes give fewer candidates (K · V / L) but a dearer selection among the lanes themselves.
-LANES = 4096
+
+def lanes_for(columns: int, k: int) -> tuple[int, int]:
+    """(ids per lane, lanes): selection among L maxima and K · V / L candidates costs least near L = √(2 K V)."""
+    per_lane = int(columns / math.sqrt(2.0 * k * columns))
+    return (1, columns) if per_lane < 4 else (per_lane, -(-columns // per_lane))
+
+
+def padded_columns(columns: int, k: int) -> int:
+    """Columns a buffer needs so that its lanes are full; those behind ``columns`` must hold −inf."""
+    per_lane, lanes = lanes_for(columns, k)
+    return per_lane * lanes
 
 
 def select(values: Tensor, k: int) -> Tensor:
@@ -24,44 +37,46 @@ def select(values: Tensor, k: int) -> Tensor:
     if k == width:
         return torch.arange(width, device=values.device).expand(c, width).contiguous()
     threshold = values.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above = values > threshold
-    level = values == threshold
-    room = k - above.sum(1, keepdim=True)
-    if not torch.equal(level.sum(1, keepdim=True), room):  # more ties than places
-        level &= level.cumsum(1) <= room
-    chosen = (above | level).nonzero()
-    if len(chosen) != c * k:
-        raise ValueError("the logits hold NaN, so they have no K largest; check hidden and weight for NaN or inf")
+    chosen = (values >= threshold).nonzero()
+    if len(chosen) != c * k:  # more ties than places in some row
+        above = values > threshold
+        level = values == threshold
+        level &= level.cumsum(1) <= k - above.sum(1, keepdim=True)
+        chosen = (above | level).nonzero()
+        if len(chosen) != c * k:
+            raise ValueError("the logits hold NaN, so they have no K largest; check hidden and weight for NaN or inf")
     return chosen[:, 1].view(c, k)
 
 
-def row_topk(logits: Tensor, k: int) -> Tensor:
-    """Columns [c, K] int64, ascending, of the K largest logits of each row [c, V]; ties go to the lower column."""
-    c, width = logits.shape
-    per_lane = -(-width // LANES)
-    if per_lane < 4 or k > LANES // 2:
+def row_topk(buffer: Tensor, columns: int, k: int) -> Tensor:
+    """Columns [c, K] int64, ascending, of the K largest of buffer[:, :columns]; of equal logits the lower id is kept.
+
+    ``buffer`` [c, ≥ padded_columns] holds −inf behind ``columns``.
+    """
+    c = buffer.shape[0]
+    logits = buffer[:, :columns]
+    per_lane, lanes = lanes_for(columns, k)
+    if per_lane == 1 or c == 0:
         return select(logits, k)
-    return _by_lanes(logits, k, width // LANES)
-
-
-def _by_lanes(logits: Tensor, k: int, whole: int) -> Tensor:
-    c, width = logits.shape
-    rest = width - whole * LANES
-    grid = logits[:, : whole * LANES].unflatten(1, (whole, LANES))
-    lane_max = grid.amax(1)
-    if rest:
-        head = lane_max[:, :rest]
-        torch.maximum(head, logits[:, whole * LANES :], out=head)
-    best = lane_max.topk(k + 1, dim=1)  # one more, to see a tie at the border
-    lanes = best.indices[:, :k].sort(1).values
-    # [c, B, K]: ids ascend along (block, lane), the order ties are decided by.
-    columns = lanes[:, None, :] + LANES * torch.arange(whole + 1, device=logits.device)[:, None]
-    columns = columns.flatten(1)
-    candidates = logits.gather(1, columns.clamp(max=width - 1))
-    candidates.masked_fill_(columns >= width, -torch.inf)
-    chosen = columns.gather(1, select(candidates, k))
-    tied = best.values[:, k - 1] == best.values[:, k]
-    if tied.any():
-        rows = tied.nonzero().squeeze(1)
-        chosen[rows] = select(logits[rows], k)
-    return chosen
+    grid = buffer[:, : per_lane * lanes].unflatten(1, (per_lane, lanes))
+    best = grid.amax(1).topk(k + 1, dim=1, sorted=False)
+    lane_K1 = best.indices[:, None, :].expand(c, per_lane, k + 1)
+    candidates = grid.gather(2, lane_K1).flatten(1)
+    # The largest logit that is not among the K, provided there is no tie: a candidate, or in a lane left out.
+    border = torch.maximum(candidates.topk(k + 1, dim=1, sorted=False).values.amin(1), best.values.amin(1))
+    above = candidates > border[:, None]
+    found = above.nonzero()
+    exact = None
+    if len(found) != c * k:
+        exact = above.sum(1) == k
+        found = found[exact[found[:, 0]]]
+    row, place = found.unbind(1)
+    block = place // (k + 1)
+    chosen = block * lanes + best.indices[row, place - block * (k + 1)]
+    chosen = chosen.view(-1, k).sort(1).values
+    if exact is None:
+        return chosen
+    result = chosen.new_empty((c, k))
+    result[exact] = chosen
+    result[~exact] = select(logits[~exact], k)
+    return result

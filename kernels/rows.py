@@ -84,7 +84,12 @@ class Objective:
     @property
     def needs_tail_mean(self) -> bool:
         """Whether Σ e^z z is: for the entropy, and for the log-floor of reverse "zero"."""
-        return self.stats or (self.outside == "zero" and self.kl in ("reverse", "mixed"))
+        return self.stats or self.linear_term
+
+    @property
+    def linear_term(self) -> bool:
+        """Whether the dense gradient has a term in z (β ≠ 0): the log-floor of reverse "zero"."""
+        return self.outside == "zero" and self.kl in ("reverse", "mixed")
 
     @property
     def dense_gradient(self) -> bool:

@@ -35,6 +35,8 @@ from fastkd._kernels.rows import LOG_ZERO, LOG_ZERO_BOUND, Objective, RowGradien
 
 # log-probability a teacher gives to what it never listed ("zero", reverse) and the floor of an empty tail ("bucket").
 TEACHER_FLOOR = -100.0
+
+
 class TeacherRows(NamedTuple):
     """The teacher's side; log-probabilities LOG_ZERO at ignored entries."""
 
@@ -95,7 +97,7 @@ def teacher_rows(
 
 
 def student_rows(z_K: Tensor, tail: Tail | None, lse_kept: Tensor) -> StudentRows:
-    """Join the kept ids and the rest; an empty tail gets LOG_ZERO exactly, so that its mass is 0."""
+    """Join the kept ids and the rest; a tail that is empty on every rank is LOG_ZERO exactly: its mass is 0."""
     if tail is None:
         return StudentRows(z_K, lse_kept, None, None)
     tail = tail._replace(lse=torch.where(tail.lse < LOG_ZERO_BOUND, LOG_ZERO, tail.lse))
@@ -189,9 +191,7 @@ def _reverse(loss: Tensor, student: StudentRows, teacher: TeacherRows, o: Object
         return loss, RowGradient(q_tail * (ratio_tail - loss), None, q_K * (ratio_K - loss[:, None]))
     assert student.tail is not None and student.tail.mean is not None
     loss = loss + q_tail * (student.tail.mean - student.lse - TEACHER_FLOOR)
-    return loss, RowGradient(
-        q_tail * (-TEACHER_FLOOR - student.lse - loss), q_tail, q_K * (ratio_K - loss[:, None])
-    )
+    return loss, RowGradient(q_tail * (-TEACHER_FLOOR - student.lse - loss), q_tail, q_K * (ratio_K - loss[:, None]))
 
 
 def _jsd(totals: list[Tensor], student: StudentRows, teacher: TeacherRows, o: Objective, q_K: Tensor, u_K: Tensor):

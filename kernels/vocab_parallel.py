@@ -83,9 +83,7 @@ class Shards:
         assert lse_kept_R is not None
         merged = merge_tails(Tail(*tail_R)) if tail is not None else None
         # A picked logit is LOG_ZERO on every rank but its owner.
-        top_logit, highest, label_logit = (
-            None if x is None else x.amax(0) for x in (top_R, highest_R, label_R)
-        )
+        top_logit, highest, label_logit = (None if x is None else x.amax(0) for x in (top_R, highest_R, label_R))
         return lse_kept_R.logsumexp(0), merged, top_logit, highest, label_logit
 
 

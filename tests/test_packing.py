@@ -46,7 +46,7 @@ def test_a_sequence_longer_than_the_bin_gets_its_own():
 
 @pytest.mark.parametrize("arguments", [{"size": 0}, {"tokens": 0}, {"tokens": 4, "algorithm": "best"}, {}])
 def test_bad_arguments_are_named(arguments):
-    with pytest.raises(ValueError, match="microbatches: (size|tokens|algorithm)="):
+    with pytest.raises(ValueError, match=r"microbatches: (size|tokens|algorithm)="):
         microbatches([1, 2], **arguments)
 
 

@@ -81,8 +81,10 @@ def _prompt(key: str, name: str, path: Path) -> Iterator[RecipeError]:
 def outputs(loaded: LoadedRecipe) -> Iterator[Finding]:
     recipe = loaded.recipe
     folders = {"logger.log_dir": recipe.logger.log_dir}
-    if recipe.checkpointing.enabled:
-        folders["checkpointing.checkpoint_dir"] = recipe.checkpointing.checkpoint_dir
+    checkpoints = recipe.checkpointing.checkpoint_dir
+    # Below the run folder (the default) it shares that folder's fate: one mistake, one message.
+    if recipe.checkpointing.enabled and not Path(checkpoints).is_relative_to(recipe.logger.log_dir):
+        folders["checkpointing.checkpoint_dir"] = checkpoints
     for key, name in folders.items():
         path = Path(name).expanduser().absolute()
         existing = next(one for one in (path, *path.parents) if one.exists())

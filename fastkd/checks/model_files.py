@@ -108,7 +108,7 @@ def _facts(folder: Path, config: dict[str, Any]) -> ModelFiles:
 
 @cache
 def _read_tokens(path: Path) -> dict[int, str] | None:
-    """{id: token} of a tokenizer.json. Cached, so that two names for one file give the same object."""
+    """{id: token} of a tokenizer.json. Cached: teacher and student often name one file of many megabytes."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]

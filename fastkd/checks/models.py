@@ -18,9 +18,9 @@ def model_facts(loaded: LoadedRecipe) -> Iterator[Finding]:
     for name, model in models_of(loaded.recipe):
         try:
             files = read_model(f"{name}.model_name", loaded.locate(model.model_name))
-            template = model.tokenizer.name
-            if template != model.model_name:
-                read_model(f"{name}.tokenizer.name", loaded.locate(template), needs="tokenizer")
+            tokenizer = model.tokenizer.name
+            if tokenizer != model.model_name:
+                read_model(f"{name}.tokenizer.name", loaded.locate(tokenizer), needs="tokenizer")
         except RecipeError as error:
             yield error
             continue
@@ -28,7 +28,8 @@ def model_facts(loaded: LoadedRecipe) -> Iterator[Finding]:
             yield from _perhaps_a_path(f"{name}.model_name", model.model_name, loaded.folders)
         else:
             found[name] = files
-            yield from _fits(name, model, files, loaded.recipe.distillation.topk_logits_k)
+            yield from _fits(name, model, files)
+    yield from _enough_to_keep(loaded, found)
     if len(found) == 2:
         yield from _same_vocabulary(loaded, found["policy"], found["teacher"])
 
@@ -44,15 +45,28 @@ def _perhaps_a_path(key: str, name: str, folders: tuple[Path, ...]) -> Iterator[
                 return
 
 
-def _fits(name: str, model: Teacher, files: ModelFiles, k: int) -> Iterator[Finding]:
-    tensor = model.dtensor_cfg.tensor_parallel_size
-    if files.vocab_size and k > files.vocab_size:
+def _enough_to_keep(loaded: LoadedRecipe, found: dict[str, ModelFiles]) -> Iterator[RecipeError]:
+    """K ≤ V, where V counts what the tokenizer names: padding rows of the head are no tokens."""
+    sizes = {}
+    for name, model in models_of(loaded.recipe):
+        if files := found.get(name):
+            tokens = files.tokens_of(loaded.locate(model.tokenizer.name))
+            known = [size for size in (files.vocab_size, len(tokens) if tokens else None) if size]
+            if known:
+                sizes[name] = min(known)
+    k = loaded.recipe.distillation.topk_logits_k
+    if sizes and k > min(sizes.values()):
+        name = min(sizes, key=lambda one: sizes[one])
         yield RecipeError(
             "distillation.topk_logits_k",
-            f"K cannot exceed the vocabulary of {name}.model_name={model.model_name!r}, {files.vocab_size}",
-            f"Write distillation.topk_logits_k={files.vocab_size} or less",
+            f"K cannot exceed the vocabulary of {name}.model_name, {sizes[name]} tokens",
+            f"Write distillation.topk_logits_k={sizes[name]} or less",
             value=k,
         )
+
+
+def _fits(name: str, model: Teacher, files: ModelFiles) -> Iterator[Finding]:
+    tensor = model.dtensor_cfg.tensor_parallel_size
     key = f"{name}.dtensor_cfg.tensor_parallel_size"
     if files.heads and files.heads % tensor:
         yield RecipeError(
@@ -80,19 +94,14 @@ def _same_vocabulary(loaded: LoadedRecipe, student: ModelFiles, teacher: ModelFi
                 "are compared when the run starts."
             )
         return
-    if mine is theirs:
+    if mine == theirs:
         return
-    shared = mine.keys() & theirs.keys()
-    different = sorted(one for one in shared if mine[one] != theirs[one])
-    alone = len(mine.keys() ^ theirs.keys())
-    if different:
-        one = different[0]
-        yield RecipeError(
-            "teacher.model_name",
-            f"its vocabulary is not the student's: {len(different)} ids stand for other tokens, for example {one} is "
-            f"{theirs[one]!r} for the teacher and {mine[one]!r} for the student",
-            "Teacher and student must share a tokenizer: choose models of one family",
-            value=loaded.recipe.teacher.model_name,
-        )
-    elif alone:
-        yield f"{alone} ids exist in only one of the two tokenizers; the teacher's are left out of its top-k."
+    different = sorted(one for one in mine.keys() | theirs.keys() if mine.get(one) != theirs.get(one))
+    first = different[0]
+    yield RecipeError(
+        "teacher.model_name",
+        f"its vocabulary is not the student's: {len(different)} ids differ, first {first}, which is "
+        f"{theirs.get(first)!r} for the teacher and {mine.get(first)!r} for the student",
+        "Teacher and student must share a tokenizer: choose models of one family",
+        value=loaded.recipe.teacher.model_name,
+    )

@@ -69,7 +69,7 @@ class MathEnv(Section):
     """Grading of mathematical answers."""
 
     num_workers: Count = 8
-    """Grading processes."""
+    """Grading processes on a cluster. In an embedded run the driver grades, in milliseconds per answer."""
 
 
 class Env(Section):

@@ -77,7 +77,7 @@ def _parts(detail: ErrorDetails, raw: dict[str, Any]) -> list[str]:
     parts: list[str] = []
     node: Any = raw
     for part in detail["loc"]:
-        if isinstance(node, dict) and (part in node or find([*parts, str(part)]) is not None):
+        if isinstance(node, dict) and isinstance(part, str) and (part in node or find([*parts, part]) is not None):
             node = node.get(part)
         elif isinstance(node, list) and isinstance(part, int) and part < len(node):
             node = node[part]
@@ -111,8 +111,10 @@ def _remedy(kind: str, parts: list[str], value: Any) -> str:
         return hint
     if kind == "string_pattern_mismatch" or not hint:
         hint = " ".join((field.description or "").split())
+    if section_of(field.annotation) is not None:
+        return hint
     default = field.get_default(call_default_factory=True)
-    if default not in (PydanticUndefined, None, [], {}) and section_of(field.annotation) is None:
+    if default not in (PydanticUndefined, None, [], {}):
         spelt = str(default).lower() if isinstance(default, bool) else default
         hint = f"{hint.rstrip('.')}. Default: {spelt}" if hint else f"Default: {spelt}"
     return hint

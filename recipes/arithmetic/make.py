@@ -4,9 +4,9 @@
     python recipes/arithmetic/make.py student --seed 7 --out /some/folder
 
 ``teacher`` is trained until it has learnt the task; ``student``, a smaller model, is stopped as soon as it solves
-a third of the dev problems: weak, but not random, which is where on-policy distillation starts. Both see
-train.jsonl and nothing else. The student stops by dev.jsonl, so validation.jsonl is read once per model, after
-training, to report the accuracy. Parts need the ones before them: data, tokenizer, then either model.
+35 % of the dev problems: weak, but not random, which is where on-policy distillation starts. Both are trained on
+train.jsonl alone. dev.jsonl decides when the student stops, so that validation.jsonl is read only once per model,
+after training, to report its accuracy. Parts need the ones before them: data, tokenizer, then either model.
 
 Plain supervised fine-tuning: AdamW, float32, one thread, cross-entropy on the response tokens only. The same seed
 gives the same weights on the same CPU and torch version.

@@ -1,0 +1,89 @@
+"""A recipe in a dozen lines, for ``--check`` and for the start of a run. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+from fastkd.checks import CheckReport
+from fastkd.recipe import LoadedRecipe
+
+
+def outline(loaded: LoadedRecipe) -> list[str]:
+    """What a recipe amounts to, a line each: models, loss, batch arithmetic, lengths, validation, devices."""
+    recipe = loaded.recipe
+    loop, policy, loss = recipe.distillation, recipe.policy, recipe.loss_fn
+    temperature, top_p, top_k = policy.generation.sampling()
+    mixed = f", {loss.mixed_kl_weight:g} forward" if loss.kl_type == "mixed" else ""
+    updates = loop.batch_size // policy.train_global_batch_size
+    budget = (
+        f"{policy.train_mb_tokens} tokens" if policy.train_mb_tokens else f"{policy.train_micro_batch_size} rollouts"
+    )
+    sizes = recipe.role_sizes
+    kind = "GPUs" if recipe.cluster.device == "cuda" else "CPU workers"
+    rows = [
+        ("recipe", str(loaded.path)),
+        ("student", f"{policy.model_name}, {policy.precision}"),
+        (
+            "teacher",
+            f"{recipe.teacher.model_name}, {recipe.teacher.precision}, top {loop.topk_logits_k} logits per token",
+        ),
+        ("loss", f"{loss.kl_type} KL{mixed}; outside the top-k: {loss.outside}; temperature {loss.temperature:g}"),
+        (
+            "step",
+            f"{loop.num_prompts_per_step} prompts × {loop.num_generations_per_prompt} = {loop.batch_size} rollouts",
+        ),
+        ("", f"{updates} optimizer step(s) of {policy.train_global_batch_size}, micro-batches of {budget}"),
+        (
+            "length",
+            f"prompt ≤ {recipe.data.max_input_seq_length}, response ≤ {policy.generation.max_new_tokens}, "
+            f"together ≤ {policy.max_total_sequence_length} tokens",
+        ),
+        (
+            "sampling",
+            f"{policy.generation.backend}, temperature {temperature:g}, top_p {top_p:g}, top_k {top_k or 'all'}",
+        ),
+        ("stop", f"after {loop.max_num_steps} steps or {loop.max_num_epochs} epochs"),
+        ("validation", _validation(loaded)),
+        (
+            "devices",
+            f"{recipe.cluster.num_nodes} node(s): train={sizes.training}, generation={sizes.generation}, "
+            f"teacher={sizes.teacher} {kind}; {_sharding(loaded)}",
+        ),
+        ("run folder", recipe.logger.log_dir),
+        (
+            "checkpoints",
+            f"every {recipe.checkpointing.save_period} steps in {recipe.checkpointing.checkpoint_dir}"
+            if recipe.checkpointing.enabled
+            else "none",
+        ),
+    ]
+    return [f"{name:<12}{text}" for name, text in rows]
+
+
+def summary(loaded: LoadedRecipe, report: CheckReport) -> str:
+    """The outline, the keys without effect, and the warnings."""
+    lines = outline(loaded)
+    if loaded.ignored:
+        lines += ["", "No effect here:", *(f"  {key}" for key in loaded.ignored)]
+    if report.warnings:
+        lines += ["", "Warnings:", *(f"  {text}" for text in report.warnings)]
+    return "\n".join([*lines, "", "The recipe is valid."])
+
+
+def _validation(loaded: LoadedRecipe) -> str:
+    recipe, loop = loaded.recipe, loaded.recipe.distillation
+    if not recipe.validation_enabled:
+        return "none"
+    when = [f"every {loop.val_period} steps"] if loop.val_period else []
+    when += ["at the start"] * loop.val_at_start + ["at the end"] * loop.val_at_end
+    temperature, _, _ = recipe.policy.generation.sampling(validation=True)
+    how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    return f"{', '.join(when)}; {loop.max_val_samples or 'all'} samples, {how}"
+
+
+def _sharding(loaded: LoadedRecipe) -> str:
+    parts = []
+    for name, model in (("student", loaded.recipe.policy), ("teacher", loaded.recipe.teacher)):
+        sizes = loaded.recipe.role_sizes
+        devices = sizes.training if name == "student" else sizes.teacher
+        tensor, context = model.dtensor_cfg.tensor_parallel_size, model.dtensor_cfg.context_parallel_size
+        parts.append(f"{name} TP{tensor} CP{context} DP{devices // (tensor * context)}")
+    return ", ".join(parts)

@@ -1,0 +1,421 @@
+"""Fail-fast checks: each mistake gives one error that names its key; a sound recipe gives none."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastkd.checks import check, local_run_problems
+from fastkd.checks.model_files import find_folder, looks_local
+from fastkd.config.inherit import merge
+from fastkd.recipe import load_recipe, recipe_from
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = Path(__file__).resolve().parent / "recipes"
+BASE = {
+    "distillation": {"num_prompts_per_step": 8, "val_period": 0},
+    "policy": {"model_name": "org/student", "train_global_batch_size": 8},
+    "teacher": {"model_name": "org/teacher"},
+    "data": {"train": {"data_path": "org/data"}},
+}
+ISOLATED = {
+    "distillation": {
+        "resource_isolation": {
+            "enabled": True,
+            "roles": {name: {"num_nodes": 1} for name in ("training", "generation", "teacher")},
+        }
+    },
+    "policy": {"generation": {"colocated": {"enabled": False}}},
+    "cluster": {"num_nodes": 3, "gpus_per_node": 4},
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Nothing of the machine leaks in: empty folder, empty model cache, no Slurm."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("HF_HUB_OFFLINE", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def report(*overrides, tree=None):
+    return check(recipe_from(merge(BASE, tree or {}), overrides))
+
+
+def errors(*overrides, tree=None):
+    """{key: message}; no key may have two errors."""
+    found = report(*overrides, tree=tree).errors
+    assert len({error.key for error in found}) == len(found)
+    return {error.key: str(error) for error in found}
+
+
+def warnings(*overrides, tree=None):
+    found = report(*overrides, tree=tree)
+    assert found.errors == []
+    return "\n".join(found.warnings)
+
+
+def model(folder, vocab=None, **sizes):
+    """A folder that looks like a model: config.json and, with a vocabulary, tokenizer.json."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(sizes))
+    if vocab is not None:
+        content = {"model": {"vocab": vocab}, "added_tokens": [{"content": "<eos>", "id": len(vocab)}]}
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_a_sound_recipe_has_no_findings():
+    found = report()
+    assert (found.errors, found.warnings) == ([], [])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_is_sound(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    loaded = load_recipe(path)
+    assert check(loaded).errors == []
+    assert loaded.ignored == []
+
+
+@pytest.mark.parametrize("name", ["nemo_distillation_math.yaml", "fork_topk512_1b7.yaml"])
+def test_recipes_of_other_engines_are_sound(name):
+    assert check(load_recipe(FIXTURES / name)).errors == []
+
+
+# --- rules between keys -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "text"),
+    [
+        (
+            ["policy.train_global_batch_size=3"],
+            "policy.train_global_batch_size",
+            "Write policy.train_global_batch_size=2",
+        ),
+        (["policy.train_global_batch_size=16"], "policy.train_global_batch_size", "must be a multiple"),
+        (["distillation.max_rollout_turns=2"], "distillation.max_rollout_turns", "single-turn"),
+        (["loss_fn.kl_type=jsd", "loss_fn.outside_topk=drop"], "loss_fn.outside_topk", "bucket"),
+        (["loss_fn.kl_type=jsd", "loss_fn.zero_outside_topk=true"], "loss_fn.outside_topk", "bucket"),
+        (["data.max_input_seq_length=9000"], "data.max_input_seq_length", "8192"),
+        (["teacher.max_total_sequence_length=4096"], "teacher.max_total_sequence_length", "8192"),
+        (
+            ["policy.generation.backend=vllm", "policy.generation.vllm_cfg.max_model_len=4096"],
+            "policy.generation.vllm_cfg.max_model_len",
+            "8192",
+        ),
+        (["data.train.env_name=code"], "data.train.env_name", "math"),
+        (["data.train.data_path=null"], "data.train.data_path", "names no dataset"),
+        (["data.train.data_path=missing/folder/file.jsonl"], "data.train.data_path", "no such file"),
+        (["data.train.prompt_file=nowhere.txt"], "data.train.prompt_file", "no such file"),
+        (["data.train.system_prompt_file=nowhere.txt"], "data.train.system_prompt_file", "no such file"),
+        (["policy.model_name=./nowhere"], "policy.model_name", "no such folder"),
+        (["teacher.model_name=/no/such/model"], "teacher.model_name", "no such folder"),
+        (["policy.tokenizer.name=./nowhere", "teacher.tokenizer.name=x"], "policy.tokenizer.name", "no such folder"),
+    ],
+)
+def test_mistakes(overrides, key, text):
+    found = errors(*overrides)
+    assert set(found) == {key}
+    assert text in found[key]
+
+
+def test_jsd_over_the_whole_vocabulary_or_the_kept_ids_is_fine():
+    assert errors("loss_fn.kl_type=jsd") == {}
+    assert errors("loss_fn.kl_type=jsd", "loss_fn.outside_topk=bucket") == {}
+
+
+def test_packing_and_dynamic_batching_exclude_each_other():
+    both = ["policy.sequence_packing.enabled=true", "policy.dynamic_batching.enabled=true"]
+    assert set(errors(*both)) == {"policy.dynamic_batching.enabled", "teacher.dynamic_batching.enabled"}
+    assert set(errors(*both, "teacher.dynamic_batching.enabled=false")) == {"policy.dynamic_batching.enabled"}
+
+
+def test_warnings_do_not_stop_a_run():
+    assert "loss_fn.temperature=0.6" in warnings("policy.generation.temperature=0.6")
+    assert "temperature" not in warnings("policy.generation.temperature=0.6", "loss_fn.temperature=0.6")
+    assert "Nothing will be validated" in warnings("distillation.val_period=5")
+    assert "dtensor_cfg.enabled=false" in warnings("policy.dtensor_cfg.enabled=false")
+    assert "logger.mlflow_enabled" in warnings("logger.mlflow_enabled=true")
+    held_out = ["distillation.val_period=5", "data.train.split_validation_size=100"]
+    assert "split_validation_size=100" in warnings(*held_out)
+    assert "split_validation_size" not in warnings(*held_out, "distillation.max_val_samples=100")
+    assert "val_batch_size=64" in warnings(*held_out, "distillation.max_val_samples=100")
+    assert "split_validation_size" not in warnings("distillation.val_period=5", "data.train.split_validation_size=0.1")
+
+
+# --- devices ----------------------------------------------------------------------------------------------
+
+
+def test_batches_divide_over_data_parallel_ranks():
+    assert errors("cluster.gpus_per_node=8") == {}
+    found = errors("cluster.gpus_per_node=16")
+    assert set(found) == {"policy.train_global_batch_size", "distillation.num_prompts_per_step"}
+    assert "data parallel size 16" in found["policy.train_global_batch_size"]
+    assert errors("cluster.gpus_per_node=16", "policy.dtensor_cfg.tensor_parallel_size=2") == {}
+
+
+def test_data_parallel_size_is_whole():
+    found = errors("cluster.gpus_per_node=8", "policy.dtensor_cfg.tensor_parallel_size=3")
+    assert set(found) == {"policy.dtensor_cfg.tensor_parallel_size", "teacher.dtensor_cfg.tensor_parallel_size"}
+    assert "8 / (3 × 1) must be a whole number" in found["policy.dtensor_cfg.tensor_parallel_size"]
+
+
+def test_tensor_parallelism_across_nodes_is_a_warning():
+    wide = ["cluster.num_nodes=2", "cluster.gpus_per_node=4", "policy.dtensor_cfg.tensor_parallel_size=8"]
+    assert "spans nodes of 4 GPUs" in warnings(*wide)
+
+
+def test_isolated_roles_partition_the_cluster():
+    assert errors(tree=ISOLATED) == {}
+    roles = "distillation.resource_isolation.roles"
+    found = errors(f"{roles}.generation.num_nodes=2", tree=ISOLATED)
+    assert set(found) == {"cluster.num_nodes"}
+    assert "must exactly partition cluster nodes" in found["cluster.num_nodes"]
+    assert "training 1 + generation 2 + teacher 1 = 4" in found["cluster.num_nodes"]
+
+    found = errors("policy.generation.colocated.enabled=true", tree=ISOLATED)
+    assert "requires policy.generation.colocated.enabled=false" in found["policy.generation.colocated.enabled"]
+
+    found = errors(f"{roles}.teacher.gpus_per_node=2", tree=ISOLATED)
+    assert "enforces node-level role isolation" in found[f"{roles}.teacher.gpus_per_node"]
+
+    found = errors(f"{roles}.teacher.num_nodes=0", "cluster.num_nodes=2", tree=ISOLATED)
+    assert set(found) == {f"{roles}.teacher.num_nodes"}
+
+
+def test_the_runbooks_table_is_sound():
+    """(nodes, training, TP, generation, engine TP, teacher, teacher TP) of the five top-512 recipes."""
+    for nodes, training, tp, generation, engine, teacher, teacher_tp in [
+        (4, 1, 2, 2, 1, 1, 2),
+        (7, 4, 8, 2, 1, 1, 2),
+        (7, 4, 8, 2, 2, 1, 2),
+        (11, 8, 8, 2, 4, 1, 4),
+        (7, 2, 4, 4, 1, 1, 2),
+    ]:
+        roles = {"training": training, "generation": generation, "teacher": teacher}
+        tree = merge(ISOLATED, {"policy": {"generation": {"backend": "vllm"}}})
+        overrides = [f"distillation.resource_isolation.roles.{name}.num_nodes={n}" for name, n in roles.items()]
+        overrides += [
+            f"cluster.num_nodes={nodes}",
+            f"policy.dtensor_cfg.tensor_parallel_size={tp}",
+            f"teacher.dtensor_cfg.tensor_parallel_size={teacher_tp}",
+            f"policy.generation.vllm_cfg.tensor_parallel_size={engine}",
+        ]
+        assert errors(*overrides, tree=tree) == {}
+
+
+def test_generation_apart_takes_some_devices():
+    apart = ["policy.generation.colocated.enabled=false", "cluster.gpus_per_node=8"]
+    key = "policy.generation.colocated.resources.gpus_per_node"
+    assert set(errors(*apart)) == {key}
+    assert set(errors(*apart, f"{key}=8")) == {key}
+    assert errors(*apart, f"{key}=4") == {}
+    key = "policy.generation.colocated.resources.num_nodes"
+    assert set(errors(*apart, "cluster.num_nodes=2")) == {key}
+    assert errors(*apart, "cluster.num_nodes=2", f"{key}=1") == {}
+
+
+def test_engines_divide_the_generation_devices():
+    found = errors(
+        "policy.generation.backend=vllm", "cluster.gpus_per_node=4", "policy.generation.vllm_cfg.tensor_parallel_size=3"
+    )
+    assert set(found) == {"policy.generation.vllm_cfg.tensor_parallel_size"}
+
+
+def test_the_slurm_allocation_has_the_nodes_of_the_recipe(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    assert errors(tree=ISOLATED) == {}
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
+    assert "allocation has 4 nodes" in errors(tree=ISOLATED)["cluster.num_nodes"]
+    assert "uses one of them" in warnings()
+
+
+# --- context distillation ---------------------------------------------------------------------------------
+
+
+def test_context_distillation():
+    where = "distillation.context_distillation"
+    on = [f"{where}.enabled=true", "teacher.model_name=org/student"]
+    assert errors(*on) == {}
+    assert "self_frozen" in errors(f"{where}.enabled=true")["teacher.model_name"]
+    found = errors(*on, f"{where}.teacher_prefix_template=Solve {{problem}}")
+    assert "lacks {trace}" in found[f"{where}.teacher_prefix_template"]
+    static = [*on, f"{where}.trace_source=static_dataset"]
+    assert set(errors(*static)) == {f"{where}.static_trace.answer_column"}
+    assert errors(*static, f"{where}.static_trace.answer_column=solution") == {}
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("Solve: {}", None),
+        ("Box it: \\boxed{{}}\n{}", None),
+        ("Solve this.", "has no {}"),
+        ("Box it: \\boxed{{}}", "has no {}"),
+        ("Solve {problem}", "cannot be filled"),
+        ("Solve {} in \\frac{1}{2}", "cannot be filled"),
+        ("open { brace", "cannot be filled"),
+    ],
+)
+def test_prompt_files_take_a_problem(tmp_path, text, problem):
+    (tmp_path / "prompt.txt").write_text(text)
+    found = errors("data.default.prompt_file=prompt.txt")
+    assert (set(found) == {"data.train.prompt_file"}) is (problem is not None)
+    if problem:
+        assert problem in found["data.train.prompt_file"]
+
+
+def test_every_dataset_of_a_list_is_checked():
+    tree = {"data": {"train": [{"data_path": "a/b"}, {"data_path": "./none.jsonl"}], "validation": {}}}
+    assert set(errors(tree=tree)) == {"data.train.1.data_path", "data.validation.data_path"}
+
+
+def test_output_folders_can_be_written(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    found = errors("logger.log_dir=taken/run")
+    assert set(found) == {"logger.log_dir"}  # the checkpoint folder is below it: one mistake, one message
+    assert "is a file" in found["logger.log_dir"]
+    elsewhere = "checkpointing.checkpoint_dir=taken/checkpoints"
+    assert set(errors(elsewhere)) == {"checkpointing.checkpoint_dir"}
+    assert not errors(elsewhere, "checkpointing.enabled=false")
+
+
+def test_checking_writes_nothing(tmp_path):
+    report("logger.log_dir=new/run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_can_only_be_paths():
+    assert looks_local("./x") and looks_local("/x/y") and looks_local("~/x") and looks_local("a/b/c")
+    assert looks_local("data.jsonl")
+    assert not looks_local("gpt2") and not looks_local("Qwen/Qwen3-0.6B")
+
+
+# --- models -----------------------------------------------------------------------------------------------
+
+
+def test_k_fits_both_vocabularies(tmp_path):
+    small, large = model(tmp_path / "s", vocab_size=50), model(tmp_path / "t", vocab_size=70)
+    names = [f"policy.model_name={small}", f"teacher.model_name={large}"]
+    assert errors(*names, "distillation.topk_logits_k=50") == {}
+    found = errors(*names, "distillation.topk_logits_k=51")
+    assert set(found) == {"distillation.topk_logits_k"}
+    assert "vocabulary" in found["distillation.topk_logits_k"] and "50" in found["distillation.topk_logits_k"]
+
+
+def test_k_above_both_vocabularies_is_reported_once(tmp_path):
+    name = model(tmp_path / "s", vocab_size=50)
+    assert set(errors(f"policy.model_name={name}", f"teacher.model_name={name}")) == {"distillation.topk_logits_k"}
+
+
+def test_attention_heads_divide(tmp_path):
+    name = model(tmp_path / "m", num_attention_heads=8, num_key_value_heads=2, text_config=None)
+    both = [f"policy.model_name={name}", f"teacher.model_name={name}", "cluster.gpus_per_node=24"]
+    fits = [*both, "policy.train_global_batch_size=24", "distillation.num_prompts_per_step=24"]
+    for tensor in (1, 2, 4, 8):
+        assert errors(*fits, f"policy.dtensor_cfg.tensor_parallel_size={tensor}") == {}
+    found = errors(*fits, "policy.dtensor_cfg.tensor_parallel_size=3", "teacher.dtensor_cfg.tensor_parallel_size=1")
+    assert "8 attention heads" in found["policy.dtensor_cfg.tensor_parallel_size"]
+    name = model(tmp_path / "n", text_config={"num_attention_heads": 12, "num_key_value_heads": 3})
+    found = errors(
+        *fits, f"teacher.model_name={name}", "teacher.dtensor_cfg.tensor_parallel_size=2", f"policy.model_name={name}"
+    )
+    assert "3 key-value heads" in found["teacher.dtensor_cfg.tensor_parallel_size"]
+
+
+def test_positions_are_a_warning(tmp_path):
+    name = model(tmp_path / "m", max_position_embeddings=4096)
+    assert "4096 positions" in warnings(f"policy.model_name={name}", f"teacher.model_name={name}")
+
+
+def test_vocabularies_agree_where_it_matters(tmp_path):
+    words = {"a": 0, "b": 1, "c": 2}
+    student = model(tmp_path / "s", words, vocab_size=4)
+    same = model(tmp_path / "same", words, vocab_size=128)  # padded rows may differ
+    other = model(tmp_path / "other", {"a": 0, "c": 1, "b": 2}, vocab_size=4)
+    k = "distillation.topk_logits_k=2"
+    assert errors(k, f"policy.model_name={student}", f"teacher.model_name={same}") == {}
+    found = errors(k, f"policy.model_name={student}", f"teacher.model_name={other}")
+    assert set(found) == {"teacher.model_name"}
+    assert "2 ids differ, first 1, which is 'c' for the teacher and 'b' for the student" in found["teacher.model_name"]
+    more = model(tmp_path / "more", words | {"<eos>": 3, "d": 4}, vocab_size=6)
+    found = errors(k, f"policy.model_name={student}", f"teacher.model_name={more}")
+    assert "2 ids differ, first 4, which is 'd' for the teacher and None" in found["teacher.model_name"]
+
+
+def test_padding_rows_are_no_tokens(tmp_path):
+    name = model(tmp_path / "s", {"a": 0, "b": 1}, vocab_size=128)
+    both = [f"policy.model_name={name}", f"teacher.model_name={name}"]
+    assert errors(*both, "distillation.topk_logits_k=3") == {}
+    assert "3 tokens" in errors(*both, "distillation.topk_logits_k=4")["distillation.topk_logits_k"]
+
+
+def test_without_tokenizer_files_sizes_are_compared(tmp_path):
+    names = [
+        f"policy.model_name={model(tmp_path / 's', vocab_size=100)}",
+        f"teacher.model_name={model(tmp_path / 't', vocab_size=128)}",
+    ]
+    assert "Vocabulary sizes differ" in warnings(*names)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in errors("policy.model_name=./empty")["policy.model_name"]
+    broken = model(tmp_path / "broken")
+    Path(broken, "config.json").write_text("{")
+    assert "cannot be read" in errors("policy.model_name=./broken")["policy.model_name"]
+    Path(tmp_path, "file").write_text("x")
+    assert "is a file" in errors("policy.model_name=./file")["policy.model_name"]
+
+
+def test_a_misspelt_folder_is_suggested(tmp_path):
+    model(tmp_path / "models" / "teacher")
+    assert f"Meant {tmp_path / 'models' / 'teacher'}?" in warnings("teacher.model_name=models/techer")
+
+
+def test_cached_models_are_found_and_offline_ones_must_be(tmp_path, monkeypatch):
+    for revision in ("old", "new"):
+        model(tmp_path / "hub" / "models--org--student" / "snapshots" / revision, vocab_size=50)
+    (tmp_path / "hub" / "models--org--student" / "refs").mkdir()
+    (tmp_path / "hub" / "models--org--student" / "refs" / "main").write_text("old\n")
+    folder = find_folder("org/student")
+    assert folder is not None and folder.name == "old"
+    assert set(errors()) == {"distillation.topk_logits_k"}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = errors("distillation.topk_logits_k=8")
+    assert set(found) == {"teacher.model_name"}
+    assert "HF_HUB_OFFLINE" in found["teacher.model_name"]
+
+
+# --- one process ------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_for_a_cluster_says_how_to_run_it_here():
+    loaded = load_recipe(FIXTURES / "fork_topk512_1b7.yaml")
+    found = local_run_problems(loaded)
+    assert {error.key for error in found} >= {
+        "policy.generation.backend",
+        "distillation.resource_isolation.enabled",
+        "distillation.context_distillation.enabled",
+        "cluster.num_nodes",
+        "policy.dtensor_cfg.tensor_parallel_size",
+        "teacher.dtensor_cfg.tensor_parallel_size",
+    }
+    overrides = [error.remedy.removeprefix("Add ") for error in found]
+    again = load_recipe(FIXTURES / "fork_topk512_1b7.yaml", overrides)
+    assert local_run_problems(again) == []
+    assert check(again).errors == []
+
+
+def test_a_local_recipe_has_no_such_problem():
+    assert local_run_problems(recipe_from(BASE)) == []
+    assert local_run_problems(recipe_from(BASE, ["cluster.gpus_per_node=0"])) == []
+    assert [one.key for one in local_run_problems(recipe_from(BASE, ["distillation.max_off_policy_steps=1"]))] == [
+        "distillation.max_off_policy_steps"
+    ]

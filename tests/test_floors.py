@@ -1,0 +1,82 @@
+"""A file imports only from lower floors, and light modules stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The house, bottom up. A package (config, checks) is one room. docs/architecture.md explains the rooms.
+FLOORS = [
+    "errors files log profiling sampling attention plot _kernels.reference _kernels.rows _kernels.row_topk",
+    "config batch _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.vocab_parallel",
+    "recipe metrics packing optim data models checkpoint pools evaluate _kernels.problem _kernels.linear_topk",
+    "checks driver _kernels.heads",
+    "describe _kernels.linear_kl",
+    "report kernels",
+    "losses rollout",
+    "teacher student",
+    "validate",
+    "runner",
+    "run",
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
+
+
+def room(module: str) -> str:
+    """ "config.base" is in the room "config"; every kernel file is a room of its own."""
+    return module if module.startswith("_kernels.") else module.split(".")[0]
+
+
+def sources() -> dict[str, Path]:
+    found = {f"_kernels.{path.stem}": path for path in (ROOT / "kernels").glob("*.py")}
+    for path in (ROOT / "fastkd").rglob("*.py"):
+        parts = path.relative_to(ROOT / "fastkd").with_suffix("").parts
+        if parts[0] not in ("_kernels", "__init__"):
+            found[".".join(parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("fastkd.") for alias in node.names if alias.name.startswith("fastkd.")}
+        elif isinstance(node, ast.ImportFrom) and node.module == "fastkd":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastkd."):
+            found.add(node.module.removeprefix("fastkd."))
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(sources()))
+def test_imports_come_from_lower_floors(module):
+    here = room(module)
+    assert here in FLOOR, f"{module} has no floor: add it to FLOORS"
+    for other in imports(sources()[module]):
+        assert room(other) == here or FLOOR[room(other)] < FLOOR[here], f"{module} imports {other}"
+
+
+def test_every_floor_is_inhabited():
+    assert {room(module) for module in sources()} == set(FLOOR)
+
+
+def test_the_kernel_folder_is_no_package():
+    # A top-level package `kernels` would shadow the one that transformers imports, and break every model.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "fastkd" / "_kernels").is_symlink()
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"{statement}; import sys; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return {name.split(".")[0] for name in done.stdout.split()}
+
+
+def test_the_kernels_need_torch_alone():
+    loaded = modules_after("import fastkd.kernels")
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "datasets", "pydantic", "omegaconf", "rich", "safetensors", "matplotlib"}
