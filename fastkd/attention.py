@@ -86,25 +86,15 @@ def attend_packed(
             for q, k, v in zip(query_NHd.split(lengths), key_NHd.split(lengths), value_NHd.split(lengths), strict=True)
         ]
         return torch.cat(parts)
-    offsets_L = torch.arange(longest, device=query_NHd.device)
-    rows_SL = cu_seqlens[:-1, None] + offsets_L
-    # Rows past the end of a sequence read a neighbour: causality hides them from every real query, and what they
-    # compute is dropped below. Only the last sequence could run past N.
-    rows_SL = rows_SL.clamp_(max=query_NHd.shape[0] - 1)
+    device, total = query_NHd.device, query_NHd.shape[0]
+    starts_S = cu_seqlens[:-1]
+    rows_SL = starts_S[:, None] + torch.arange(longest, device=device)
+    # Rows past the end of a sequence read a neighbour: causality hides them from every real query, and what
+    # they compute is dropped below. Only those of the last sequences could run past N.
+    rows_SL = rows_SL.clamp_(max=total - 1)
     out_SLHd = _attend(query_NHd[rows_SL], key_NHd[rows_SL], value_NHd[rows_SL], scale, window)
-    lengths_S = cu_seqlens.diff()
-    return (
-        out_SLHd[offsets_L < lengths_S[:, None]]
-        if query_NHd.device.type == "cpu"
-        else _select(out_SLHd, lengths, cu_seqlens, longest)
-    )
-
-
-def _select(out_SLHd: Tensor, lengths: tuple[int, ...], cu_seqlens: Tensor, longest: int) -> Tensor:
-    """The real rows of [S, L, H, d] without a device synchronisation (boolean indexing has one)."""
-    device = out_SLHd.device
-    shift_S = torch.arange(len(lengths), device=device) * longest - cu_seqlens[:-1]
-    total = sum(lengths)
+    # Back to the real rows by index: a boolean mask would wait for the device.
+    shift_S = torch.arange(len(lengths), device=device) * longest - starts_S
     shift_N = torch.repeat_interleave(shift_S, cu_seqlens.diff(), output_size=total)
     return out_SLHd.flatten(0, 1)[torch.arange(total, device=device) + shift_N]
 

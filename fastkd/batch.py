@@ -10,7 +10,7 @@ Letters: N packed tokens, S sequences, A loss-active rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,14 +73,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(
-            *(getattr(self, name).to(device) for name in ("tokens_N", "positions_N", "cu_seqlens")),
-            self.max_seqlen,
-            self.active_A.to(device),
-            self.labels_A.to(device),
-            self.lengths,
-            self.responses,
-        )
+        tensors = ("tokens_N", "positions_N", "cu_seqlens", "active_A", "labels_A")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 def pack(rollouts: Sequence[Rollout]) -> Batch:

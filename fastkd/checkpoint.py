@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fastkd.config import Checkpointing
 from fastkd.errors import CheckpointError
@@ -81,7 +82,7 @@ class Checkpoints:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         with _single_process():
-            dcp.save(state, checkpoint_id=temporary / "state", no_dist=True)
+            dcp_save(state, checkpoint_id=temporary / "state", no_dist=True)
         (temporary / "recipe.yaml").write_text(recipe_yaml)
         (temporary / "training_info.json").write_text(json.dumps(asdict(info), indent=2))
         if export is not None:
@@ -115,7 +116,7 @@ class Checkpoints:
                 info = TrainingInfo(**json.loads((path / "training_info.json").read_text()))
                 state = template()
                 with _single_process():
-                    dcp.load(state, checkpoint_id=path / "state", no_dist=True)
+                    dcp_load(state, checkpoint_id=path / "state", no_dist=True)
                 return info, state
             # CheckpointException derives from BaseException, so `except Exception` would miss it.
             except (Exception, CheckpointException) as error:

@@ -122,16 +122,16 @@ def locate(loaded: LoadedRecipe) -> Recipe:
     find = loaded.locate
 
     def dataset(one: Dataset) -> Dataset:
-        names = ("data_path", "prompt_file", "system_prompt_file")
-        return one.model_copy(update={name: find(value) for name in names if (value := getattr(one, name)) is not None})
+        files = {name: getattr(one, name) for name in ("data_path", "prompt_file", "system_prompt_file")}
+        return one.model_copy(update={name: find(file) for name, file in files.items() if file is not None})
 
     def model(one: Any) -> Any:
         template = one.tokenizer.chat_template
-        is_file_name = template is not None and "\n" not in template and "{" not in template
         tokenizer = one.tokenizer.model_copy(
             update={
                 "name": find(one.tokenizer.name),
-                "chat_template": find(template) if is_file_name else template,
+                # A template has braces; anything else is the name of a file that holds one.
+                "chat_template": find(template) if template and "{" not in template else template,
             }
         )
         return one.model_copy(update={"model_name": find(one.model_name), "tokenizer": tokenizer})

@@ -38,7 +38,8 @@ def is_correct(answer: str, reference: str | None) -> bool:
     if not gold:
         # A plain text or bare LaTeX answer: what a box around it would mean.
         gold = parse(f"\\boxed{{{reference}}}")
-    return bool(gold) and verify(gold, parse(answer))
+    # math-verify takes several boxes for several answers; a response that corrects itself means its last one.
+    return bool(gold) and verify(gold, parse(answer[max(answer.rfind("\\boxed"), 0) :]))
 
 
 def grade(rollouts: Sequence[Rollout], tokenizer: Any) -> list[Graded]:

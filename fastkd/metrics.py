@@ -120,8 +120,8 @@ def read(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def step_line(step: int, last: int, m: Mapping[str, float]) -> str:
-    """The one line per step, in a fixed order with units."""
+def step_line(step: int, last: int, m: Mapping[str, float], loss: str = "kl") -> str:
+    """The one line per step, in a fixed order with units; ``loss`` is what to call the loss ("kl" or "jsd")."""
     times = " ".join(
         f"{short} {m[f'timing/{name}']:.{1 if m[f'timing/{name}'] >= 10 else 2}f}s"
         for short, name in (
@@ -133,7 +133,7 @@ def step_line(step: int, last: int, m: Mapping[str, float]) -> str:
     )
     memory = " ".join(f"{name[7:-4]} {value:.1f}" for name, value in m.items() if name.startswith("memory/"))
     return (
-        f"step {step}/{last} | kl {m.get('train/loss', _NAN):.4f} | grad {m.get('train/grad_norm', _NAN):.2f}"
+        f"step {step}/{last} | {loss} {m.get('train/loss', _NAN):.4f} | grad {m.get('train/grad_norm', _NAN):.2f}"
         f" | {_thousands(m['timing/tokens_per_second'])} tok/s | {times} | mem {memory} GiB"
     )
 

@@ -26,7 +26,7 @@ def _from_pretrained(auto: Any, key: str, name: str, what: str, **kwargs: Any) -
         )
     try:
         return auto.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, …: all mean unusable files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             key,

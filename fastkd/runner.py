@@ -158,7 +158,8 @@ class Runner:
 
     def _say(self, found: Metrics) -> None:
         memory = {"memory/all_gib": memory_gib(self.device)}
-        logger.info(metrics.step_line(self.step_number, self.last_step, found | self.spans.peek() | memory))
+        loss = "jsd" if self.recipe.loss_fn.kl_type == "jsd" else "kl"
+        logger.info(metrics.step_line(self.step_number, self.last_step, found | self.spans.peek() | memory, loss))
 
     def _validate(self, *, first: bool) -> Metrics:
         with self.spans.measure("validation"):

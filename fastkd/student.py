@@ -166,6 +166,8 @@ class Student:
             self.causal_lm.save_pretrained(path, state_dict=state)
         finally:
             self.causal_lm.config.dtype = config_dtype
+        for file in path.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors makes its files readable by the owner alone
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training depends on, keyed by parameter name: weights, optimizer, schedule, version."""

@@ -80,7 +80,7 @@ def test_what_a_run_leaves_behind(undisturbed):
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert {"recipe.yaml", "environment.json", "validation", "checkpoints"} <= set(os.listdir(folder))
     assert len((folder / "validation" / "step_6.jsonl").read_text().splitlines()) == 8
-    assert "step 6/6 | kl " in printed and "distillation finished" in printed
+    assert "step 6/6 | jsd " in printed and "distillation finished" in printed
     assert "\x1b[" not in printed  # not a terminal: plain lines, no control characters
 
 
