@@ -11,7 +11,11 @@ def outline(loaded: LoadedRecipe) -> list[str]:
     recipe = loaded.recipe
     loop, policy, loss = recipe.distillation, recipe.policy, recipe.loss_fn
     temperature, top_p, top_k = policy.generation.sampling()
-    mixed = f", {loss.mixed_kl_weight:g} forward" if loss.kl_type == "mixed" else ""
+    details = {
+        "mixed": f"mixed KL, {loss.mixed_kl_weight:g} forward",
+        "jsd": f"Jensen-Shannon divergence, beta {loss.jsd_beta:g}",
+    }
+    divergence = details.get(loss.kl_type, f"{loss.kl_type} KL")
     updates = loop.batch_size // policy.train_global_batch_size
     budget = (
         f"{policy.train_mb_tokens} tokens" if policy.train_mb_tokens else f"{policy.train_micro_batch_size} rollouts"
@@ -25,7 +29,7 @@ def outline(loaded: LoadedRecipe) -> list[str]:
             "teacher",
             f"{recipe.teacher.model_name}, {recipe.teacher.precision}, top {loop.topk_logits_k} logits per token",
         ),
-        ("loss", f"{loss.kl_type} KL{mixed}; outside the top-k: {loss.outside}; temperature {loss.temperature:g}"),
+        ("loss", f"{divergence}; outside the top-k: {loss.outside}; temperature {loss.temperature:g}"),
         (
             "step",
             f"{loop.num_prompts_per_step} prompts × {loop.num_generations_per_prompt} = {loop.batch_size} rollouts",

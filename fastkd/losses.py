@@ -50,8 +50,11 @@ class StudentModel(nn.Module):
         """
         hidden_AD = packed_hidden(self.causal_lm, batch).index_select(0, batch.active_A)
         weight_VD = head_weight(self.causal_lm)
-        if weight_VD.dtype != hidden_AD.dtype:  # bf16 compute over float32 masters
-            weight_VD = weight_VD.to(hidden_AD.dtype)
+        if torch.is_autocast_enabled(hidden_AD.device.type):
+            # The residual stream stays float32 under autocast, and the fused op switches autocast off inside: without
+            # this cast its GEMMs would run in float32. Their output is float32 either way.
+            dtype = torch.get_autocast_dtype(hidden_AD.device.type)
+            hidden_AD, weight_VD = hidden_AD.to(dtype), weight_VD.to(dtype)
         return topk_kl(
             hidden_AD,
             weight_VD,

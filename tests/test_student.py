@@ -70,6 +70,19 @@ def test_gradients_do_not_depend_on_packing_bfloat16(tiny_qwen3, rollouts):
             assert (other[name] - rounded[0][name]).norm() <= 2 * own_error + 1e-6, name
 
 
+def test_under_autocast_the_head_computes_in_bfloat16_and_gradients_stay_float32(tiny_qwen3, rollouts, monkeypatch):
+    from fastkd import losses
+
+    seen = []
+    real = losses.topk_kl
+    monkeypatch.setattr(losses, "topk_kl", lambda h, w, *a, **k: seen.append((h.dtype, w.dtype)) or real(h, w, *a, **k))
+    model = tiny_qwen3()
+    sequences = rollouts(3)
+    found = gradients(model, sequences, score(tiny_qwen3(seed=1), sequences), [[0, 1, 2]], autocast=True)
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    assert {grad.dtype for grad in found.values()} == {torch.float32}
+
+
 def test_the_fused_head_equals_dense_autograd(tiny_qwen3, rollouts):
     model, teacher = tiny_qwen3(dtype=torch.float64), tiny_qwen3(seed=1, dtype=torch.float64)
     sequences = rollouts(5)
