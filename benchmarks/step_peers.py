@@ -210,9 +210,7 @@ def trl_trainer(job: Job, meter: Meter, folder: str, callback: Any) -> Any:
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
         trainer = GKDTrainer(
-            args=GKDConfig(
-                lmbda=1.0, max_new_tokens=job.new_tokens, train_sampling_strategy="sequential", **settings
-            ),
+            args=GKDConfig(lmbda=1.0, max_new_tokens=job.new_tokens, train_sampling_strategy="sequential", **settings),
             train_dataset=Dataset.from_dict({"messages": [u + a for u, a in zip(users, answers, strict=True)]}),
             **common,
         )

@@ -225,17 +225,26 @@ class Renderer:
                 "Give a template (text or a file) or a tokenizer that has one",
             )
 
-    def __call__(self, index: int, row: Row) -> Prompt:
-        """The prompt of row ``index``."""
+    def __call__(self, indices: Sequence[int], rows: Sequence[Row]) -> list[Prompt]:
+        """The prompts of these rows; tokenised together, which is several times as fast as one by one."""
+        texts = [
+            self.tokenizer.apply_chat_template(
+                self._messages(row), tokenize=False, add_generation_prompt=True, **self.template_kwargs
+            )
+            for row in rows
+        ]
+        encoded = self.tokenizer(texts, add_special_tokens=False).input_ids
+        return [
+            Prompt(index, row["problem"], row["answer"], text, tuple(tokens), masked=len(tokens) > self.max_tokens)
+            for index, row, text, tokens in zip(indices, rows, texts, encoded, strict=True)
+        ]
+
+    def _messages(self, row: Row) -> list[dict[str, str]]:
         section = self.sections[row.get("section", 0)]
         messages = [{"role": "user", "content": self._user_text(section, row["problem"])}]
         if section.system_prompt_file:
             messages.insert(0, {"role": "system", "content": _read(section.system_prompt_file).strip()})
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs
-        )
-        tokens = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
-        return Prompt(index, row["problem"], row["answer"], text, tokens, masked=len(tokens) > self.max_tokens)
+        return messages
 
     def _user_text(self, section: Dataset, problem: str) -> str:
         if not section.prompt_file:
@@ -267,7 +276,7 @@ class PromptStream:
     def __init__(
         self,
         problems: Problems,
-        render: Callable[[int, Row], Prompt],
+        render: Callable[[Sequence[int], Sequence[Row]], list[Prompt]],
         batch: int,
         *,
         shuffle: bool,
@@ -296,7 +305,7 @@ class PromptStream:
             self._order = (epoch, self._permutation(epoch))
         rows = self._order[1][offset : offset + self.batch]
         self.consumed += self.batch
-        return [self.render(row, self.problems.rows[row]) for row in rows]
+        return self.render(rows, [self.problems.rows[row] for row in rows])
 
     def _permutation(self, epoch: int) -> list[int]:
         if not self.shuffle:

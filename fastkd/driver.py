@@ -95,7 +95,7 @@ def prepare(loaded: LoadedRecipe) -> Inputs:
         shuffle=recipe.data.shuffle,
         seed=recipe.distillation.seed,
     )
-    if render(0, train_rows.rows[0]).tokens == ():
+    if render([0], train_rows.rows[:1])[0].tokens == ():
         raise DataError("data.train", "the first problem renders to no tokens", "Check the chat template")
     validation: list[Prompt] = []
     if recipe.validation_enabled:
@@ -106,7 +106,7 @@ def prepare(loaded: LoadedRecipe) -> Inputs:
             policy.tokenizer.chat_template_kwargs,
             recipe.data.max_input_seq_length,
         )
-        validation = [render_validation(index, row) for index, row in enumerate(validation_rows.rows)]
+        validation = render_validation(range(len(validation_rows)), validation_rows.rows)
     return Inputs(
         recipe,
         tokenizer,

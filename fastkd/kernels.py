@@ -59,7 +59,7 @@ def vocab_topk(
         valid_vocab: ids ≥ this are padding and take part in nothing. Default: all.
         group: process group whose ranks hold the other shards; ``hidden`` is the same on all of them, and so is the
             result.
-        chunk_bytes: memory for logits. Default: 64 MiB on the CPU, 1 GiB elsewhere.
+        chunk_bytes: memory for logits. Default: 160 MiB on the CPU, 1 GiB elsewhere.
 
     Returns:
         TopK with [N, K] int32 ids and float32 logits (float64 for float64 inputs), and both logsumexps. No gradient.
@@ -132,7 +132,7 @@ def topk_kl(
         group: process group whose ranks hold the other shards of ``weight``. All else is the same on all of them;
             so are the result and the gradient of ``hidden`` (summed over the ranks).
         memory: "fast" three GEMM passes; "low" four, without a float32 copy of the weight's gradient.
-        chunk_bytes: memory for logits and scratch. Default: 64 MiB on the CPU, 1 GiB elsewhere.
+        chunk_bytes: memory for logits and scratch. Default: 160 MiB on the CPU, 1 GiB elsewhere.
         validate: check the values of ``teacher``, ``active`` and ``labels``. Default: only on the CPU, because it
             waits for the device.
 
@@ -394,7 +394,7 @@ def _drop_zeros(
         return rows, teacher, by_token, weights, labels
     places = live.nonzero().squeeze(1)
     if not by_token:  # the teacher's rows follow ``rows``, which gets shorter
-        teacher = TopK(*(None if field is None else field.index_select(0, places) for field in teacher))
+        teacher = teacher.map(lambda field: field.index_select(0, places))
     rows = places if rows is None else rows.index_select(0, places)
     return rows, teacher, by_token, weights[places], None if labels is None else labels[places]
 

@@ -24,7 +24,7 @@ def opening(loaded: LoadedRecipe, inputs: Inputs) -> None:
         f"{'loaded':<12}{len(inputs.train.problems)} training problems, {len(inputs.validation)} validation samples; "
         f"{inputs.last_step} steps in all"
     )
-    example = inputs.train.render(0, inputs.train.problems.rows[0])
+    example = inputs.train.render([0], inputs.train.problems.rows[:1])[0]
     logger.info(f"{'a prompt':<12}{example.text!r} ({len(example.tokens)} tokens)")
 
 

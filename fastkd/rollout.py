@@ -51,6 +51,7 @@ class Generation:
         stop_token_ids: ids that end a response; the tokenizer's end-of-sequence token when None.
         stop_strings: texts that end a response, kept in it.
         autocast: compute dtype when it differs from the weights'.
+        valid_vocab: rows of the LM head that are tokens, when it is padded; the rest are never sampled.
     """
 
     causal_lm: PreTrainedModel
@@ -61,6 +62,7 @@ class Generation:
     stop_token_ids: Sequence[int] | None = None
     stop_strings: Sequence[str] | None = None
     autocast: torch.dtype | None = None
+    valid_vocab: int | None = None
     weights_version: int = 0
     _stop_ids: Tensor = field(init=False)
 
@@ -75,7 +77,12 @@ class Generation:
 
     @classmethod
     def embedded(
-        cls, recipe: Recipe, causal_lm: PreTrainedModel, tokenizer: object, autocast: torch.dtype | None
+        cls,
+        recipe: Recipe,
+        causal_lm: PreTrainedModel,
+        tokenizer: object,
+        valid_vocab: int | None,
+        autocast: torch.dtype | None = None,
     ) -> Generation:
         """Generation in this process, by the recipe, on a model that lives here."""
         settings = recipe.policy.generation
@@ -88,6 +95,7 @@ class Generation:
             settings.stop_token_ids,
             settings.stop_strings,
             autocast,
+            valid_vocab,
         )
 
     def adopt(self, version: int) -> None:
@@ -174,15 +182,15 @@ class Generation:
 
     def _logits(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """[B, V] logits of the next token; the head runs on the last position only."""
+        if inputs.shape[1] == 1 and not any(cache.is_sliding):
+            # One query sees all that is not padding: that mask is the padding mask itself, in the four dimensions
+            # that transformers takes as they are, instead of building them anew at every step.
+            mask = mask[:, None, None, :]
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             out = self.causal_lm.base_model(
-                input_ids=inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
+                input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
-            return out.last_hidden_state[:, -1] @ head_weight(self.causal_lm).T
+            return out.last_hidden_state[:, -1] @ head_weight(self.causal_lm)[: self.valid_vocab].T
 
     def _hits_stop_string(self, response: list[int]) -> bool:
         if not self.stop_strings:

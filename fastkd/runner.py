@@ -46,10 +46,11 @@ class Runner:
             recipe,
             student.causal_lm,
             inputs.tokenizer,
+            inputs.student_vocab,
             student.autocast_dtype,
         )
         teacher_generation = LocalPool(
-            "generation", Generation.embedded, recipe, teacher.causal_lm, inputs.tokenizer, None
+            "generation", Generation.embedded, recipe, teacher.causal_lm, inputs.tokenizer, inputs.teacher_vocab
         )
         self.validator = Validator(
             inputs,

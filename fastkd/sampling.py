@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-_MASK = 0xFFFFFFFF
-
 
 def sample_seed(run_seed: int, step: int, prompt: int, generation: int, purpose: str = "train") -> int:
     """63-bit seed of one sample: a hash of everything that identifies it."""
@@ -30,32 +28,38 @@ def sample_seed(run_seed: int, step: int, prompt: int, generation: int, purpose:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _mix(x: Tensor) -> Tensor:
-    # The 32-bit finaliser of C. Wellons' hash-prospector search (lowest known bias), in int64 arithmetic: the
-    # products overflow, but the low 32 bits that the mask keeps are right.
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+def _mix_(x: Tensor) -> Tensor:
+    """A 32-bit hash, in place on int32.
+
+    The finaliser of C. Wellons' hash-prospector search (lowest known bias). Products wrap, as they should; a right
+    shift of int32 drags the sign along, so the bits that it brings in are masked away.
+    """
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x846CA68B - (1 << 32)
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
 
 
 def gumbel_noise(seeds_B: Tensor, position: int, vocab: int) -> Tensor:
     """[B, V] float32 standard Gumbel noise, a function of (seed, position, token id) only.
+
+    int32 and in place, because at V = 151,936 this is a good part of a decoding step on a CPU.
 
     Args:
         seeds_B: [B] int64 row seeds.
         position: index of the response token being sampled.
         vocab: V.
     """
-    low, high = seeds_B & _MASK, (seeds_B >> 32) & _MASK
-    key_B = _mix(_mix(low ^ _mix(torch.full_like(low, position))) ^ high)
-    ids_V = torch.arange(vocab, device=seeds_B.device)
-    hashed_BV = _mix(_mix(ids_V ^ key_B[:, None]) ^ high[:, None])
+    low_B, high_B = seeds_B.view(torch.int32).view(-1, 2).unbind(1)
+    key_B = _mix_(_mix_(_mix_(torch.full_like(low_B, position)) ^ low_B) ^ high_B)
+    ids_V = torch.arange(vocab, dtype=torch.int32, device=seeds_B.device)
+    hashed_BV = _mix_(_mix_(ids_V ^ key_B[:, None]).bitwise_xor_(high_B[:, None]))
     # u in (0, 1 - 2^-24]: small u makes the winners, where float32 is finest, so the upper tail is not truncated
     # at float32's 1 - u resolution; the clamp keeps u = 1 (a noise of -inf) out.
-    uniform_BV = ((hashed_BV.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform_BV))
+    uniform_BV = hashed_BV.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return uniform_BV.neg_().log1p_().neg_().log_().neg_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +78,10 @@ class Sampler:
         logits_BV = logits_BV.float()
         if self.temperature == 0:
             return logits_BV.argmax(-1)
-        scores_BV = logits_BV / self.temperature
+        scores_BV = logits_BV if self.temperature == 1 else logits_BV / self.temperature
         ids = torch.empty(0)  # the warpers look at the scores alone
         if self.top_k:
             scores_BV = TopKLogitsWarper(self.top_k)(ids, scores_BV)  # pyright: ignore[reportArgumentType]
         if self.top_p < 1:
             scores_BV = TopPLogitsWarper(self.top_p)(ids, scores_BV)  # pyright: ignore[reportArgumentType]
-        return (scores_BV + gumbel_noise(seeds_B, position, scores_BV.shape[1])).argmax(-1)
+        return gumbel_noise(seeds_B, position, scores_BV.shape[1]).add_(scores_BV).argmax(-1)

@@ -74,7 +74,7 @@ def finish_rows(
     weights = problem.weights[part]
     live = weights != 0
     results = {"per_token": loss, "teacher_mass": sides.mass, "entropy": entropy}
-    if student.tail is not None and student.lse is not None:
+    if student.tail is not None:
         results["student_mass"] = torch.exp(student.lse_kept - student.lse)
         if label_logit is not None:
             normaliser = student.lse if student.tail.lse_raw is None else student.tail.lse_raw
@@ -158,8 +158,9 @@ class Slabs:
         n, d = everything.shape
         # A slab holds its logits for all rows, and its weight rows where they have to be copied or widened.
         copied = self.ids is not None or head.weight.dtype != head.dtype
-        column_bytes = (leading_dimension(n) + d * (copied + head.need_weight)) * head.dtype.itemsize
-        self.width = max(1, min(self.count, problem.chunk_bytes // column_bytes))
+        column_bytes = (n + d * (copied + head.need_weight)) * head.dtype.itemsize
+        spare = leading_dimension(0)  # the trash column and its alignment
+        self.width = max(1, min(self.count, problem.chunk_bytes // column_bytes - spare))
         self.buffer = everything.new_empty((n, leading_dimension(self.width)), dtype=head.dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, HeadGemms, Tensor]]:
@@ -211,7 +212,7 @@ def run_low(head: LinearHead, problem: Problem, outputs: Outputs) -> None:
     for part, gemms, chunk in slabs:
         v = part.stop - part.start
         logits = chunk[:, :v]
-        if o.dense_gradient:
+        if o.dense_gradient and lse_tail is not None:
             gemms.logits(x, logits)
             exponents(logits, o.temperature, lse_tail, o.linear_term)
         write_dlogits(logits, lse_tail, lse_tail, gradient)
@@ -229,7 +230,13 @@ def run_low(head: LinearHead, problem: Problem, outputs: Outputs) -> None:
 
 
 def _join(a: Tail, b: Tail) -> Tail:
-    return merge_tails(Tail(*(None if x is None else torch.stack((x, y)) for x, y in zip(a, b, strict=True))))
+    """The tail of two disjoint sets of columns."""
+
+    def stack(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        return None if x is None or y is None else torch.stack((x, y))
+
+    lse, top = torch.stack((a.lse, b.lse)), torch.stack((a.max, b.max))
+    return merge_tails(Tail(lse, top, stack(a.mean, b.mean), stack(a.lse_raw, b.lse_raw)))
 
 
 def _finish_in_chunks(
@@ -253,7 +260,7 @@ def _finish_in_chunks(
             problem.kept(teacher),
             slabs.position_K[part] != slabs.count,
             values_K[part],
-            None if tail is None else Tail(*(None if x is None else x[part] for x in tail)),
+            None if tail is None else tail.rows(part),
             None if label_logit is None else label_logit[part],
         )
         values_K[part] = gradient.complete_K

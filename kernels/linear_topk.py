@@ -60,9 +60,9 @@ def _local_topk(hidden: Tensor, weight: Tensor, k: int, temperature: float, chun
             buffer[:, columns:] = -torch.inf  # the lanes' padding; GEMMs write in front of it
         chunk, logits = buffer[:c], buffer[:c, :columns]
         gemms.logits(gemms.activations(hidden[part]), logits)
-        chosen_K = row_topk(chunk, columns, k)
+        chosen_K, runner_up = row_topk(chunk, columns, k)
         picked_K = gather_poison(chunk, chosen_K)
-        tail = tail_stats(logits, temperature).lse
+        tail = tail_stats(logits, temperature, top=runner_up).lse
         result.indices[part] = chosen_K
         result.logits[part] = picked_K
         result.tail_logsumexp[part] = tail
@@ -104,7 +104,7 @@ def _merge(local: TopK, k: int, temperature: float, shards: Shards) -> TopK:
 
     def collect(rows: Tensor) -> Tensor:
         whole = torch.empty((each * size, *rows.shape[1:]), dtype=rows.dtype, device=device)
-        dist.all_gather_into_tensor(whole, rows.contiguous(), group=shards.group)
+        dist.all_gather(list(whole.chunk(size)) if each else [whole] * size, rows.contiguous(), group=shards.group)
         return whole[:n]
 
     return TopK(collect(ids_K), collect(values_K.to(dtype)), collect(lse), collect(tail))

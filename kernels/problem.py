@@ -40,8 +40,8 @@ class Problem:
         """Teacher rows of a chunk."""
         if self.rows is not None and self.teacher_by_token:
             index = self.rows[part]
-            return TopK(*(None if field is None else field.index_select(0, index) for field in self.teacher))
-        return TopK(*(None if field is None else field[part] for field in self.teacher))
+            return self.teacher.map(lambda field: field.index_select(0, index))
+        return self.teacher.map(lambda field: field[part])
 
     def kept(self, teacher: TopK) -> Tensor | None:
         """Which entries of the rows count (None: all)."""

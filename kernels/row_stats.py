@@ -3,11 +3,15 @@
 These are the memory-bound sweeps between the GEMMs, and the functions a GPU kernel replaces one for one. On the CPU
 they walk over blocks of rows that fit a core's cache, so that the sweeps of one pass cost one trip to memory, and the
 measuring pass leaves its exponentials in place of the logits: the writing pass is then a single multiplication.
+Powers are of two: x = logit · log2(e) / T − max is one fused multiply-add, and torch's exp2 keeps its speed where exp
+drops to a tenth of it, on arguments that underflow, which every poisoned id is.
 
 Letters: c rows of one chunk, V columns of this shard or slab, K kept; [c] row scalars carry no suffix.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -16,6 +20,7 @@ from fastkd._kernels.rows import LOG_ZERO, LOG_ZERO_BOUND, RowGradient, Tail
 
 # Bytes of a block of rows: with its scratch it should stay in the second-level caches of a few cores.
 _BLOCK_BYTES = 1 << 21
+_LOG2_E = 1.0 / math.log(2.0)
 
 
 def blocks(rows: int, columns: int, itemsize: int, device: torch.device) -> list[slice]:
@@ -48,7 +53,8 @@ def tail_stats(
 ) -> Tail:
     """Logsumexp, maximum and (on request) mean of a chunk of poisoned logits [c, V], which is used up.
 
-    Instead of the logits it holds exp(z − max) afterwards, or with ``linear`` z − max, as ``write_dlogits`` expects.
+    Instead of the logits it holds exp(z − max) afterwards, or with ``linear`` (z − max) · log2(e), as
+    ``write_dlogits`` expects.
     ``raw`` asks for the logsumexp at T = 1 too; ``top`` [c] is the maximum where it is known already. An empty tail
     (all poisoned) comes out as LOG_ZERO.
     """
@@ -56,57 +62,57 @@ def tail_stats(
     if columns == 0 or c == 0:
         empty = logits.new_full((c,), LOG_ZERO)
         return Tail(empty, empty, empty if mean else None, empty if raw else None)
-    found = logits.new_empty((4, c))
-    if top is None:
-        top = found[3]
-        measure = True
-    else:
-        measure = False
-    total, total_raw, weighted = found[0], found[1], found[2]
+    total, total_raw, weighted, measured = logits.new_empty((4, c))
     parts = blocks(c, columns, logits.element_size(), logits.device)
     scratch = logits.new_empty((parts[0].stop, columns))
     for rows in parts:
         block = logits[rows]
         other = scratch[: block.shape[0]]
-        if measure:
-            torch.amax(block, 1, out=top[rows])
+        if top is None:
+            torch.amax(block, 1, out=measured[rows])
+        highest = measured[rows] if top is None else top[rows]
         # Exponents in one place, powers in the other; which of them replaces the logits is the caller's choice.
         x, powers = (block, other) if linear else (other, block)
-        torch.sub(block, top[rows, None], out=x)
         if raw:
-            torch.sum(torch.exp(x, out=powers), 1, out=total_raw[rows])
-        if temperature != 1.0:
-            x.mul_(1.0 / temperature)
-        torch.sum(torch.exp(x, out=powers), 1, out=total[rows])
+            torch.add(_origin(highest, 1.0), block, alpha=_LOG2_E, out=other)
+            torch.sum(other.exp2_(), 1, out=total_raw[rows])
+        torch.add(_origin(highest, temperature), block, alpha=_LOG2_E / temperature, out=x)
+        torch.sum(torch.exp2(x, out=powers), 1, out=total[rows])
         if mean:
             torch.sum(torch.mul(x, powers, out=other), 1, out=weighted[rows])
+    top = measured if top is None else top
     top_z = top / temperature
-    lse = top_z + total.log()
+    some = total > 0
     return Tail(
-        lse=torch.where(lse < LOG_ZERO_BOUND, LOG_ZERO, lse),
+        lse=torch.where(some, top_z + total.log(), LOG_ZERO),
         max=top_z,
-        mean=top_z + weighted / total if mean else None,
-        lse_raw=top + total_raw.log() if raw else None,
+        mean=torch.where(some, top_z + weighted / total / _LOG2_E, 0.0) if mean else None,
+        lse_raw=torch.where(some, top + total_raw.log(), LOG_ZERO) if raw else None,
     )
+
+
+def _origin(highest: Tensor, temperature: float) -> Tensor:
+    """What is added to logits · log2(e) / T so that the highest becomes 0, as a column; 0 for an empty tail."""
+    return (highest * (-_LOG2_E / temperature)).masked_fill_(highest < LOG_ZERO_BOUND, 0.0)[:, None]
 
 
 def exponents(logits: Tensor, temperature: float, shift: Tensor, linear: bool) -> None:
     """Turn logits [c, V] into what ``tail_stats`` leaves, for a known ``shift`` [c] in units of z."""
-    for rows in blocks(*logits.shape, logits.element_size(), logits.device):
+    origin = _origin(shift, 1.0)
+    for rows in blocks(len(logits), logits.shape[1], logits.element_size(), logits.device):
         block = logits[rows]
-        if temperature != 1.0:
-            block.mul_(1.0 / temperature)
-        block.sub_(shift[rows, None])
+        torch.add(origin[rows], block, alpha=_LOG2_E / temperature, out=block)
         if not linear:
-            block.exp_()
+            block.exp2_()
 
 
-def write_dlogits(chunk: Tensor, shift: Tensor, lse_tail: Tensor, gradient: RowGradient) -> None:
+def write_dlogits(chunk: Tensor, shift: Tensor | None, lse_tail: Tensor | None, gradient: RowGradient) -> None:
     """Overwrite a chunk [c, V] with exp(z − lse_tail)(α + β z); the kept ids are written afterwards.
 
-    ``chunk`` holds exp(z − shift), or z − shift when there is a β. Entries of kept ids may be anything.
+    ``chunk`` holds exp(z − shift), or (z − shift) · log2(e) when there is a β. Kept ids may hold anything.
+    Without α (or a tail that was measured) there is no dense part.
     """
-    if gradient.alpha is None:
+    if gradient.alpha is None or shift is None or lse_tail is None:
         chunk.zero_()
         return
     rescale = torch.exp(shift - lse_tail)
@@ -116,7 +122,8 @@ def write_dlogits(chunk: Tensor, shift: Tensor, lse_tail: Tensor, gradient: RowG
         return
     beta = gradient.beta * rescale
     alpha = alpha + beta * shift
-    for rows in blocks(*chunk.shape, chunk.element_size(), chunk.device):
+    beta = beta / _LOG2_E
+    for rows in blocks(len(chunk), chunk.shape[1], chunk.element_size(), chunk.device):
         block = chunk[rows]
         factor = torch.addcmul(alpha[rows, None], block, beta[rows, None])
-        block.exp_().mul_(factor)
+        block.exp2_().mul_(factor)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 
 def lanes_for(columns: int, k: int) -> tuple[int, int]:
-    """(ids per lane, lanes): selection among L maxima and K · V / L candidates costs least near L = √(2 K V)."""
-    per_lane = int(columns / math.sqrt(2.0 * k * columns))
-    return (1, columns) if per_lane < 4 else (per_lane, -(-columns // per_lane))
+    """(ids per lane, lanes): a selection among L maxima and K · V / L candidates costs least near L = √(2 K V)."""
+    per_lane = math.isqrt(columns // (2 * k)) if k else 1
+    return (1, columns) if per_lane < 3 else (per_lane, -(-columns // per_lane))
 
 
 def padded_columns(columns: int, k: int) -> int:
@@ -48,35 +48,55 @@ def select(values: Tensor, k: int) -> Tensor:
     return chosen[:, 1].view(c, k)
 
 
-def row_topk(buffer: Tensor, columns: int, k: int) -> Tensor:
-    """Columns [c, K] int64, ascending, of the K largest of buffer[:, :columns]; of equal logits the lower id is kept.
+def row_topk(buffer: Tensor, columns: int, k: int) -> tuple[Tensor, Tensor | None]:
+    """The K largest of buffer[:, :columns]: their columns [c, K] int64, ascending; ties go to the lower column.
 
+    Also the largest logit of each row that was not taken [c], where it was seen on the way (else None).
     ``buffer`` [c, ≥ padded_columns] holds −inf behind ``columns``.
     """
     c = buffer.shape[0]
     logits = buffer[:, :columns]
+    if k == columns or c == 0:
+        return select(logits, k), None
     per_lane, lanes = lanes_for(columns, k)
-    if per_lane == 1 or c == 0:
-        return select(logits, k)
-    grid = buffer[:, : per_lane * lanes].unflatten(1, (per_lane, lanes))
-    best = grid.amax(1).topk(k + 1, dim=1, sorted=False)
-    lane_K1 = best.indices[:, None, :].expand(c, per_lane, k + 1)
-    candidates = grid.gather(2, lane_K1).flatten(1)
-    # The largest logit that is not among the K, provided there is no tie: a candidate, or in a lane left out.
-    border = torch.maximum(candidates.topk(k + 1, dim=1, sorted=False).values.amin(1), best.values.amin(1))
-    above = candidates > border[:, None]
-    found = above.nonzero()
-    exact = None
-    if len(found) != c * k:
-        exact = above.sum(1) == k
-        found = found[exact[found[:, 0]]]
-    row, place = found.unbind(1)
-    block = place // (k + 1)
-    chosen = block * lanes + best.indices[row, place - block * (k + 1)]
-    chosen = chosen.view(-1, k).sort(1).values
-    if exact is None:
-        return chosen
+    if per_lane == 1:
+        values, chosen = _largest(logits, k + 1)
+        border = values.amin(1)
+    else:
+        grid = buffer[:, : per_lane * lanes].unflatten(1, (per_lane, lanes))
+        lane_values, lane_columns = _largest(grid.amax(1), k + 1)
+        candidates = grid.gather(2, lane_columns[:, None, :].expand(c, per_lane, k + 1)).flatten(1)
+        values, places = _largest(candidates, k + 1)
+        block = places // (k + 1)
+        chosen = block * lanes + lane_columns.gather(1, places - block * (k + 1))
+        # What is not among the K + 1 found is a lesser candidate or in a lesser lane.
+        border = torch.maximum(values.amin(1), lane_values.amin(1))
+    above = values > border[:, None]
+    exact = above.sum(1) == k  # without a tie the K are above all others
+    everywhere = bool(exact.all())
+    if not everywhere:
+        above &= exact[:, None]
+    chosen = chosen[above].view(-1, k).sort(1).values
+    if everywhere:
+        return chosen, border
     result = chosen.new_empty((c, k))
     result[exact] = chosen
     result[~exact] = select(logits[~exact], k)
-    return result
+    return result, None
+
+
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values, columns) [c, k] of the k largest of each row, in no order; of equal values any may be taken."""
+    c, width = values.shape
+    per_lane, lanes = lanes_for(width, k)
+    if per_lane == 1:
+        return torch.topk(values, k, dim=1, sorted=False)
+    padding = per_lane * lanes - width
+    if padding:
+        values = torch.nn.functional.pad(values, (0, padding), value=-torch.inf)
+    grid = values.unflatten(1, (per_lane, lanes))
+    lane_columns = torch.topk(grid.amax(1), k, dim=1, sorted=False).indices
+    candidates = grid.gather(2, lane_columns[:, None, :].expand(c, per_lane, k)).flatten(1)
+    best, places = torch.topk(candidates, k, dim=1, sorted=False)
+    block = places // k
+    return best, block * lanes + lane_columns.gather(1, places - block * k)

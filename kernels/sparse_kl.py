@@ -46,12 +46,15 @@ class TeacherRows(NamedTuple):
 
 
 class StudentRows(NamedTuple):
-    """The student's side, complete over the vocabulary: z at S (LOG_ZERO where not held here) and row scalars."""
+    """The student's side: z at S (LOG_ZERO where not held here), row scalars over all ranks.
+
+    ``lse`` is over the whole vocabulary, or over S where the rest was not measured (``tail`` None).
+    """
 
     z_K: Tensor
     lse_kept: Tensor
     tail: Tail | None
-    lse: Tensor | None
+    lse: Tensor
 
 
 # ---------------------------------------------------------------- the two sides of a row
@@ -99,7 +102,7 @@ def teacher_rows(
 def student_rows(z_K: Tensor, tail: Tail | None, lse_kept: Tensor) -> StudentRows:
     """Join the kept ids and the rest; a tail that is empty on every rank is LOG_ZERO exactly: its mass is 0."""
     if tail is None:
-        return StudentRows(z_K, lse_kept, None, None)
+        return StudentRows(z_K, lse_kept, None, lse_kept)
     tail = tail._replace(lse=torch.where(tail.lse < LOG_ZERO_BOUND, LOG_ZERO, tail.lse))
     return StudentRows(z_K, lse_kept, tail, torch.logaddexp(lse_kept, tail.lse))
 
@@ -121,7 +124,6 @@ def row_math(
     renormalize = o.outside == "renormalize"
     forward, reverse = o.kl in ("forward", "mixed"), o.kl in ("reverse", "mixed")
     normaliser = student.lse_kept if renormalize else student.lse
-    assert normaliser is not None
     log_q_K = student.z_K - normaliser[:, None]
     q_K = log_q_K.exp()
     p_K = teacher.log_p_K.exp()
@@ -211,14 +213,14 @@ def _jsd(totals: list[Tensor], student: StudentRows, teacher: TeacherRows, o: Ob
 
 def _tail_of(student: StudentRows) -> tuple[Tensor, Tensor]:
     """q_t and log q_t."""
-    assert student.tail is not None and student.lse is not None
+    assert student.tail is not None
     log_q_tail = student.tail.lse - student.lse
     return log_q_tail.exp(), log_q_tail
 
 
 def _entropy(kept: Tensor, student: StudentRows, renormalize: bool) -> Tensor:
     """Entropy of q from Σ_S q log q (or Σ q̃ log q̃) and the tail's mean logit."""
-    assert student.tail is not None and student.tail.mean is not None and student.lse is not None
+    assert student.tail is not None and student.tail.mean is not None
     if renormalize:
         log_mass = student.lse_kept - student.lse
         kept = log_mass.exp() * (kept + log_mass)

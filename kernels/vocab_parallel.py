@@ -52,7 +52,7 @@ class Shards:
     def gather(self, local_mc: Tensor) -> Tensor:
         """[R, m, c] of every rank's [m, c]."""
         gathered = local_mc.new_empty((self.size, *local_mc.shape))
-        dist.all_gather_into_tensor(gathered, local_mc.contiguous(), group=self.group)
+        dist.all_gather(list(gathered.unbind(0)), local_mc.contiguous(), group=self.group)
         return gathered
 
     def sum(self, local_mc: Tensor) -> Tensor:
@@ -77,14 +77,16 @@ class Shards:
         if not self.parallel:
             return lse_kept, tail, top_logit, highest, label_logit
         fields = [lse_kept, top_logit, highest, label_logit, *(tail or (None,) * 4)]
-        gathered = iter(self.gather(torch.stack([x for x in fields if x is not None])).unbind(1))
-        every = [None if x is None else next(gathered) for x in fields]  # each [R, c]
-        lse_kept_R, top_R, highest_R, label_R, *tail_R = every
-        assert lse_kept_R is not None
-        merged = merge_tails(Tail(*tail_R)) if tail is not None else None
+        gathered_Rmc = self.gather(torch.stack([field for field in fields if field is not None]))
+        columns = iter(gathered_Rmc.unbind(1))
+        lse_kept_R = next(columns)
         # A picked logit is LOG_ZERO on every rank but its owner.
-        top_logit, highest, label_logit = (None if x is None else x.amax(0) for x in (top_R, highest_R, label_R))
-        return lse_kept_R.logsumexp(0), merged, top_logit, highest, label_logit
+        top_logit, highest, label_logit = (None if x is None else next(columns).amax(0) for x in fields[1:4])
+        if tail is not None:
+            lse_R, max_R = next(columns), next(columns)
+            mean_R, raw_R = (None if x is None else next(columns) for x in (tail.mean, tail.lse_raw))
+            tail = merge_tails(Tail(lse_R, max_R, mean_R, raw_R))
+        return lse_kept_R.logsumexp(0), tail, top_logit, highest, label_logit
 
 
 def merge_tails(parts: Tail) -> Tail:

@@ -110,7 +110,7 @@ def test_prompt_file_system_prompt_and_template(tokenizer, tmp_path):
     render = renderer(
         tokenizer, prompt_file=str(tmp_path / "prompt.txt"), system_prompt_file=str(tmp_path / "system.txt")
     )
-    prompt = render(7, {"problem": "1 {x} 2?", "answer": "3"})
+    [prompt] = render([7], [{"problem": "1 {x} 2?", "answer": "3"}])
     assert "Answer in \\boxed{}.\n1 {x} 2?" in prompt.text
     assert "You count." in prompt.text
     assert prompt.text.endswith("<|im_start|>assistant\n")
@@ -120,18 +120,20 @@ def test_prompt_file_system_prompt_and_template(tokenizer, tmp_path):
 
 def test_chat_template_kwargs_reach_the_template(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }}|{{ enable_thinking }}")
-    assert renderer(tokenizer, kwargs={"enable_thinking": True})(0, {"problem": "p", "answer": ""}).text == "p|True"
+    assert (
+        renderer(tokenizer, kwargs={"enable_thinking": True})([0], [{"problem": "p", "answer": ""}])[0].text == "p|True"
+    )
 
 
 def test_a_long_prompt_is_masked_not_refused(tokenizer):
-    prompt = renderer(tokenizer, maximum=20)(0, {"problem": "1 + 1? " * 20, "answer": "2"})
+    [prompt] = renderer(tokenizer, maximum=20)([0], [{"problem": "1 + 1? " * 20, "answer": "2"}])
     assert prompt.masked and len(prompt.tokens) > 20
 
 
 def test_a_prompt_file_with_stray_braces_is_refused(tokenizer, tmp_path):
     (tmp_path / "prompt.txt").write_text("{} in \\boxed{}")
     with pytest.raises(RecipeError, match="double every other brace"):
-        renderer(tokenizer, prompt_file=str(tmp_path / "prompt.txt"))(0, {"problem": "p", "answer": ""})
+        renderer(tokenizer, prompt_file=str(tmp_path / "prompt.txt"))([0], [{"problem": "p", "answer": ""}])
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer, monkeypatch):
@@ -142,7 +144,7 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer, monkeypatch):
 
 def stream(shuffle=True, seed=0, count=11):
     problems = Problems([{"problem": str(i), "answer": "", "section": 0} for i in range(count)])
-    return PromptStream(problems, lambda index, row: index, 3, shuffle=shuffle, seed=seed)
+    return PromptStream(problems, lambda indices, rows: list(indices), 3, shuffle=shuffle, seed=seed)
 
 
 def test_order_covers_each_epoch_once_and_differs_between_epochs():

@@ -94,6 +94,26 @@ def test_length_limits_cut_and_say_so(tiny_qwen3):
         assert not rollout.finished
 
 
+def test_rows_beyond_a_padded_vocabulary_are_never_sampled(tiny_qwen3):
+    model = tiny_qwen3()
+    free = generation(model).sample(prompts(), Request(Sampler(1.0)))
+    bounded = generation(model, valid_vocab=40, stop_token_ids=[3]).sample(prompts(), Request(Sampler(1.0)))
+    assert max(max(one.response) for one in free) >= 40
+    assert max(max(one.response) for one in bounded) < 40
+
+
+def test_sliding_windows_and_full_attention_agree_with_transformers(tiny_qwen3):
+    model = tiny_qwen3(use_sliding_window=True, sliding_window=4, max_window_layers=1, layer_types=None).eval()
+    assert "sliding_attention" in model.config.layer_types
+    rollouts = generation(model).sample(prompts(), Request(Sampler(0.0)))
+    model.set_attn_implementation("sdpa")
+    for rollout in rollouts:
+        tokens = torch.tensor([[*rollout.prompt.tokens, *rollout.response]])
+        logits = model(input_ids=tokens, use_cache=False).logits[0]
+        start = len(rollout.prompt.tokens) - 1
+        assert logits[start:-1].argmax(-1).tolist() == list(rollout.response)
+
+
 def test_masked_and_overlong_prompts_come_back_empty(tiny_qwen3):
     masked = Prompt(0, "", None, "", (1, 2), masked=True)
     overlong = Prompt(1, "", None, "", tuple(range(70)))
