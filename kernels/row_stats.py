@@ -65,18 +65,21 @@ def tail_stats(
     total, total_raw, weighted, measured = logits.new_empty((4, c))
     parts = blocks(c, columns, logits.element_size(), logits.device)
     scratch = logits.new_empty((parts[0].stop, columns))
+    known = None if top is None else _origin(top, temperature)
     for rows in parts:
         block = logits[rows]
         other = scratch[: block.shape[0]]
-        if top is None:
+        if known is None:
             torch.amax(block, 1, out=measured[rows])
-        highest = measured[rows] if top is None else top[rows]
+            origin = _origin(measured[rows], temperature)
+        else:
+            origin = known[rows]
         # Exponents in one place, powers in the other; which of them replaces the logits is the caller's choice.
         x, powers = (block, other) if linear else (other, block)
         if raw:
-            torch.add(_origin(highest, 1.0), block, alpha=_LOG2_E, out=other)
+            torch.add(origin * temperature, block, alpha=_LOG2_E, out=other)
             torch.sum(other.exp2_(), 1, out=total_raw[rows])
-        torch.add(_origin(highest, temperature), block, alpha=_LOG2_E / temperature, out=x)
+        torch.add(origin, block, alpha=_LOG2_E / temperature, out=x)
         torch.sum(torch.exp2(x, out=powers), 1, out=total[rows])
         if mean:
             torch.sum(torch.mul(x, powers, out=other), 1, out=weighted[rows])
@@ -123,7 +126,9 @@ def write_dlogits(chunk: Tensor, shift: Tensor | None, lse_tail: Tensor | None, 
     beta = gradient.beta * rescale
     alpha = alpha + beta * shift
     beta = beta / _LOG2_E
-    for rows in blocks(len(chunk), chunk.shape[1], chunk.element_size(), chunk.device):
+    parts = blocks(len(chunk), chunk.shape[1], chunk.element_size(), chunk.device)
+    scratch = chunk.new_empty((parts[0].stop, chunk.shape[1])) if parts else chunk
+    for rows in parts:
         block = chunk[rows]
-        factor = torch.addcmul(alpha[rows, None], block, beta[rows, None])
+        factor = torch.addcmul(alpha[rows, None], block, beta[rows, None], out=scratch[: len(block)])
         block.exp2_().mul_(factor)

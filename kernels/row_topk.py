@@ -18,11 +18,17 @@ import math
 import torch
 from torch import Tensor
 
+# Lanes come in multiples of this, so that the lanes of lanes need no padding.
+_MULTIPLE = 12
+
 
 def lanes_for(columns: int, k: int) -> tuple[int, int]:
     """(ids per lane, lanes): a selection among L maxima and K · V / L candidates costs least near L = √(2 K V)."""
     per_lane = math.isqrt(columns // (2 * k)) if k else 1
-    return (1, columns) if per_lane < 3 else (per_lane, -(-columns // per_lane))
+    if per_lane < 2 or columns < 4 * _MULTIPLE:
+        return 1, columns
+    lanes = -(-columns // per_lane)
+    return per_lane, -(-lanes // _MULTIPLE) * _MULTIPLE
 
 
 def padded_columns(columns: int, k: int) -> int:
