@@ -1,0 +1,101 @@
+"""The loop and the kernels on one CUDA device, against the CPU. Skipped where there is none.
+
+``pytest tests/test_gpu.py`` is the whole check of a GPU machine. With FASTKD_TEST_DEVICE=cpu the same tests run on the
+CPU, to see that they are sound.
+"""
+
+import os
+
+import pytest
+import torch
+
+from fastkd._kernels import reference
+from fastkd.kernels import TopK, topk_kl, vocab_topk
+from fastkd.sampling import Sampler, gumbel_noise
+
+DEVICE = os.environ.get("FASTKD_TEST_DEVICE", "cuda")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+VARIANTS = [
+    (kl, outside)
+    for kl in ("forward", "reverse", "mixed", "jsd")
+    for outside in ("renormalize", "zero", "bucket", "drop")
+    if kl != "jsd" or outside in ("renormalize", "bucket")
+]
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kl", "outside"), VARIANTS)
+def test_loss_and_gradients_equal_the_float64_reference(kl, outside, dtype, memory):
+    make = torch.Generator().manual_seed(0)
+    hidden, teacher_hidden = (torch.randn(70, 64, generator=make) for _ in range(2))
+    weight = 0.3 * torch.randn(1003, 64, generator=make)
+    hidden, weight = hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype)
+    teacher = vocab_topk((hidden.float().cpu() + 0.1 * teacher_hidden).to(DEVICE, dtype), weight, 50)
+    token_weights = (torch.rand(70, generator=make) + 0.1).to(DEVICE)
+    x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = topk_kl(x, w, teacher, kl=kl, outside=outside, token_weights=token_weights, memory=memory)
+    out.loss.backward()
+
+    exact_x, exact_w = (t.detach().cpu().double().requires_grad_() for t in (hidden, weight))
+    rows = TopK(*(field.cpu() for field in teacher))
+    exact = reference.topk_kl(exact_x @ exact_w.T, *rows, kl=kl, outside=outside)
+    (exact.per_token * token_weights.cpu().double()).sum().backward()
+    tolerance = 1e-4 if dtype == torch.float32 else 1.5e-2  # bf16: dlogits and the results are rounded
+    torch.testing.assert_close(out.per_token.cpu().double(), exact.per_token.detach(), rtol=1e-3, atol=1e-4)
+    for ours, theirs in ((x.grad, exact_x.grad), (w.grad, exact_w.grad)):
+        assert (ours.cpu().double() - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_top_k_is_exact():
+    make = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(40, 32, generator=make), torch.randn(5000, 32, generator=make))
+    found = vocab_topk(hidden.to(DEVICE), weight.to(DEVICE), 64)
+    logits = hidden.double() @ weight.double().T
+    values, _ = logits.topk(64)
+    torch.testing.assert_close(found.logits.cpu().double().sort(descending=True).values, values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.logsumexp.cpu().double(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_noise_is_the_same_on_every_device():
+    seeds = torch.arange(7) * 12345678901234567
+    torch.testing.assert_close(
+        gumbel_noise(seeds.to(DEVICE), 3, 999).cpu(), gumbel_noise(seeds, 3, 999), rtol=1e-5, atol=1e-5
+    )
+    logits = torch.randn(7, 999, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(0.8, top_p=0.9, top_k=50)
+    assert torch.equal(sampler(logits.to(DEVICE), seeds.to(DEVICE), 1).cpu(), sampler(logits, seeds, 1))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_loop_learns_saves_and_resumes(tmp_path, precision):
+    pytest.importorskip("omegaconf")
+    pytest.importorskip("datasets")
+    from pathlib import Path
+
+    from fastkd import runner
+    from fastkd.recipe import load_recipe
+
+    recipe = Path(__file__).resolve().parents[1] / "recipes" / "arithmetic_cpu.yaml"
+    settings = [
+        f"cluster.gpus_per_node={0 if DEVICE == 'cpu' else 1}",
+        f"logger.log_dir={tmp_path / 'run'}",
+        f"policy.precision={precision}",
+        "distillation.val_period=4",
+        "checkpointing.save_period=4",
+        "distillation.max_val_samples=64",
+        "policy.dtensor_cfg.activation_checkpointing=true",
+    ]
+    runner.run(load_recipe(recipe, [*settings, "distillation.max_num_steps=4"]))
+    runner.run(load_recipe(recipe, [*settings, "distillation.max_num_steps=8"]))
+    from fastkd.metrics import read
+
+    lines = read(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(9))
+    assert all(line["train/loss"] > 0 and line["train/grad_norm"] > 0 for line in lines[1:])
+    assert lines[0]["validation/teacher_accuracy"] > 0.9
+    assert (tmp_path / "run" / "summary.json").exists()
