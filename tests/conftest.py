@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# One thread is as fast for models this small, and two that spin for a busy core are twenty times slower.
+# Two threads gain little on models this small, and two that spin for a busy core are twenty times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
