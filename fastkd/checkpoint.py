@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fastkd.config import Checkpointing
-from fastkd.errors import CheckpointError
+from fastkd.errors import CheckpointError, reason
 from fastkd.files import sync_folder, write_json
 from fastkd.log import logger
 
@@ -123,9 +123,9 @@ class Checkpoints:
                 corrupt = self.folder / f"corrupt_step_{step}"
                 shutil.rmtree(corrupt, ignore_errors=True)
                 path.rename(corrupt)
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 logger.warning(
-                    f"checkpoint step_{step} is damaged ({reason}): kept as {corrupt.name}, trying the one before"
+                    f"checkpoint step_{step} is damaged ({reason(error)}): kept as {corrupt.name}, "
+                    "trying the one before"
                 )
         if steps:
             raise CheckpointError(
@@ -135,20 +135,6 @@ class Checkpoints:
                 value=str(self.folder),
             )
         return None
-
-    def peek(self) -> TrainingInfo | None:
-        """Counters of the newest checkpoint, unverified."""
-        for step in reversed(self.steps()):
-            try:
-                return TrainingInfo(**json.loads((self.path(step) / "training_info.json").read_text()))
-            except (OSError, ValueError, TypeError):
-                continue
-        return None
-
-    def best(self) -> int | None:
-        """The step with the best metric among those kept."""
-        ranked = self._ranked()
-        return ranked[0] if ranked else None
 
     def _ranked(self) -> list[int]:
         name = self.config.metric_name

@@ -6,7 +6,6 @@ prompts have been consumed. An incomplete last batch of an epoch is dropped, as 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,7 +17,8 @@ import torch
 
 from fastkd.batch import Prompt
 from fastkd.config import Dataset, Recipe
-from fastkd.errors import DataError, ModelError, RecipeError
+from fastkd.errors import DataError, ModelError, RecipeError, reason
+from fastkd.sampling import stable_seed
 
 Row = dict[str, Any]
 
@@ -187,10 +187,9 @@ def _open(key: str, section: Dataset) -> tuple[Any, Source | None]:
     except DataError:
         raise
     except Exception as error:  # datasets raises a dozen kinds, OSError to its own; all mean that it cannot be read
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             key,
-            f"cannot read the dataset ({type(error).__name__}: {reason})",
+            f"cannot read the dataset ({type(error).__name__}: {reason(error)})",
             "Give a local file, or a dataset that is cached or reachable",
             value=path,
         ) from error
@@ -265,11 +264,6 @@ def _read(path: str) -> str:
     return Path(path).read_text()
 
 
-def _seed(*parts: object) -> int:
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 class PromptStream:
     """Training prompts, step by step; ``consumed`` is its whole state."""
 
@@ -310,5 +304,5 @@ class PromptStream:
     def _permutation(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(len(self.problems)))
-        generator = torch.Generator().manual_seed(_seed("order", self.seed, epoch))
+        generator = torch.Generator().manual_seed(stable_seed("order", self.seed, epoch))
         return torch.randperm(len(self.problems), generator=generator).tolist()

@@ -7,6 +7,12 @@ from typing import Any
 _UNSET = object()
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what a library said, or the error's type when it said nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 class UserError(ValueError):
     """A mistake in what the user gave: says which key, its value, the rule it breaks, and the remedy.
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from fastkd import attention
 from fastkd.batch import Batch
-from fastkd.errors import ModelError
+from fastkd.errors import ModelError, reason
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -27,10 +27,9 @@ def _from_pretrained(auto: Any, key: str, name: str, what: str, **kwargs: Any) -
     try:
         return auto.from_pretrained(name, **kwargs)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, …: all mean unusable files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             key,
-            f"cannot load its {what} ({reason})",
+            f"cannot load its {what} ({reason(error)})",
             "Give a folder that save_pretrained wrote, or a Hugging Face id that is cached or reachable "
             "(HF_HUB_OFFLINE=1 uses the cache alone)",
             value=name,

@@ -121,15 +121,15 @@ class Runner:
             return elapsed_before + time.monotonic() - began
 
         def record(found: Metrics) -> None:
-            memory = {"memory/all_gib": memory_gib(self.device)}
-            recorder.write(self.step_number, found | self.spans.take() | memory | {"timing/elapsed": elapsed()})
+            recorder.write(self.step_number, found | self.spans.take() | {"timing/elapsed": elapsed()})
 
         try:
             with bars.run(self.last_step, self.step_number):
                 if self.step_number == 0 and self.config.val_at_start and self.inputs.validation:
-                    record(self._validate(first=True))
+                    record(self._validate(first=True) | self._memory())
                 while self.step_number < self.last_step:
                     found = self._guarded_step()
+                    found |= self._memory()
                     found["timing/tokens_per_second"] = found["rollout/tokens"] / self.spans.seconds("step")
                     self._say(found)
                     if self._validation_due():
@@ -157,10 +157,13 @@ class Runner:
             where = f"the last good checkpoint is {self.checkpoints.path(kept[-1])}" if kept else "no checkpoint yet"
             raise NonFiniteLoss(f"step {self.step_number + 1}: {error} ({where}).") from error
 
+    def _memory(self) -> Metrics:
+        # Asked once per line of metrics: on a GPU it is the peak since it was last asked.
+        return {"memory/all_gib": memory_gib(self.device)}
+
     def _say(self, found: Metrics) -> None:
-        memory = {"memory/all_gib": memory_gib(self.device)}
         loss = "jsd" if self.recipe.loss_fn.kl_type == "jsd" else "kl"
-        logger.info(metrics.step_line(self.step_number, self.last_step, found | self.spans.peek() | memory, loss))
+        logger.info(metrics.step_line(self.step_number, self.last_step, found | self.spans.peek(), loss))
 
     def _validate(self, *, first: bool) -> Metrics:
         with self.spans.measure("validation"):
@@ -201,7 +204,7 @@ class Runner:
             info = TrainingInfo(self.step_number, self.prompts.consumed, self.total_tokens, elapsed, found)
             export = self._export if self.recipe.checkpointing.save_consolidated else None
             state = self.student.run(Student.state_dict)
-            self.checkpoints.save(info, state, (self.folder.path / "recipe.yaml").read_text(), export)
+            self.checkpoints.save(info, state, self.loaded.to_yaml(), export)
 
     def _export(self, path: Path) -> None:
         self.student.run(Student.export, path)

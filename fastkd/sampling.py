@@ -22,10 +22,15 @@ from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 
+def stable_seed(*parts: object) -> int:
+    """63-bit seed from whatever identifies a use; the same in every process and version of Python."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def sample_seed(run_seed: int, step: int, prompt: int, generation: int, purpose: str = "train") -> int:
-    """63-bit seed of one sample: a hash of everything that identifies it."""
-    text = f"{purpose}/{run_seed}/{step}/{prompt}/{generation}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    """Seed of one sample: a hash of everything that identifies it."""
+    return stable_seed(purpose, run_seed, step, prompt, generation)
 
 
 def _mix_(x: Tensor) -> Tensor:
