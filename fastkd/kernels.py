@@ -16,26 +16,22 @@ temperature, n tokens that count.
 
 from __future__ import annotations
 
-import math
-import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd._kernels.linear_kl import topk_divergence
-from fastkd._kernels.linear_topk import linear_topk
-from fastkd._kernels.problem import Problem
-from fastkd._kernels.rows import Objective, TopK, TopKLoss, compute_dtype, default_chunk_bytes
-from fastkd._kernels.vocab_parallel import Shards
+from fastkd._kernels import ops
+from fastkd._kernels.problem import field_names
+from fastkd._kernels.rows import Objective, TopK, TopKLoss, default_chunk_bytes
+from fastkd._kernels.vocab_parallel import last_id
 
 __all__ = ["TopK", "TopKLoss", "topk_kl", "topk_kl_from_logits", "vocab_topk"]
 
 KLS = ("forward", "reverse", "mixed", "jsd")
 OUTSIDES = ("renormalize", "zero", "bucket", "drop")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float64)
-_warned_about_logsumexp = False
 
 
 def vocab_topk(
@@ -44,9 +40,12 @@ def vocab_topk(
     k: int,
     *,
     temperature: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
     valid_vocab: int | None = None,
     vocab_start: int = 0,
     group: Any = None,
+    sequence_parallel: bool = False,
     chunk_bytes: int | None = None,
 ) -> TopK:
     """The K largest logits of every row of hidden · weightᵀ, exactly; of equal logits the lower id is kept.
@@ -56,9 +55,14 @@ def vocab_topk(
         weight: [Vl, D], same dtype: the head's rows ``vocab_start`` … ``vocab_start + Vl``.
         k: entries to keep, 1 … V.
         temperature: T of the logsumexps; the logits returned are raw.
+        bias: [Vl], same dtype: added to the logits.
+        softcap: c of logit → c · tanh(logit / c), after the bias (Gemma 2, "final_logit_softcapping"). Where it makes
+            logits equal, the uncapped ones decide.
         valid_vocab: ids ≥ this are padding and take part in nothing. Default: all.
         group: process group whose ranks hold the other shards; ``hidden`` is the same on all of them, and so is the
             result.
+        sequence_parallel: ``hidden`` [N / R, D] is this rank's block of the rows instead (R equal blocks, in rank
+            order); the result has all N rows.
         chunk_bytes: memory for logits. Default: 160 MiB on the CPU, 1 GiB elsewhere.
 
     Returns:
@@ -67,21 +71,19 @@ def vocab_topk(
     Raises:
         ValueError: an argument is wrong, or a row holds NaN.
     """
-    _check_head(hidden, weight)
-    shards, columns, valid = _vocabulary(weight.shape[0], valid_vocab, vocab_start, group)
+    _check_head(hidden, weight, bias, softcap)
+    name, columns, valid = _vocabulary(weight.shape[0], valid_vocab, vocab_start, group)
+    _check_sequence_parallel(sequence_parallel, group)
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= valid:
         raise ValueError(f"k={k!r}: must be an integer from 1 to the vocabulary size {valid}; lower k")
     _check_positive("temperature", temperature)
-    return linear_topk(
-        hidden,
-        weight,
-        k,
-        temperature=float(temperature),
-        columns=columns,
-        vocab_start=vocab_start,
-        chunk_bytes=_chunk_bytes(chunk_bytes, hidden.device),
-        shards=shards,
-    )
+    return TopK(
+        *ops.vocab_topk(
+            hidden.detach(), weight.detach(), None if bias is None else bias.detach(), k, float(temperature),
+            None if softcap is None else float(softcap), columns, vocab_start, name, sequence_parallel,
+            _chunk_bytes(chunk_bytes, hidden.device),
+        )
+    )  # fmt: skip
 
 
 def topk_kl(
@@ -98,9 +100,12 @@ def topk_kl(
     active: Tensor | None = None,
     labels: Tensor | None = None,
     stats: bool = True,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
     valid_vocab: int | None = None,
     vocab_start: int = 0,
     group: Any = None,
+    sequence_parallel: bool = False,
     memory: str = "fast",
     chunk_bytes: int | None = None,
     validate: bool | None = None,
@@ -128,28 +133,32 @@ def topk_kl(
             synchronisation. Default: all. ``token_weights`` 0 drops them too, before the GEMMs on the CPU.
         labels: [N] int64 (or one per entry of ``active``) for ``label_logprob``.
         stats: False leaves out the fields that need an extra pass over the vocabulary (None).
+        bias: [Vl], same dtype as ``weight``: added to the logits.
+        softcap: c of logit → c · tanh(logit / c), after the bias (Gemma 2, "final_logit_softcapping").
         valid_vocab: ids ≥ this are padding and take part in nothing. Default: all.
         group: process group whose ranks hold the other shards of ``weight``. All else is the same on all of them;
             so are the result and the gradient of ``hidden`` (summed over the ranks).
+        sequence_parallel: ``hidden`` [N / R, D] is this rank's block of the rows instead (R equal blocks, in rank
+            order), and so is its gradient. All else is for all N rows.
         memory: "fast" three GEMM passes; "low" four, without a float32 copy of the weight's gradient.
         chunk_bytes: memory for logits and scratch. Default: 160 MiB on the CPU, 1 GiB elsewhere.
         validate: check the values of ``teacher``, ``active`` and ``labels``. Default: only on the CPU, because it
             waits for the device.
 
     Returns:
-        TopKLoss. ``loss`` is differentiable once, in ``hidden`` and ``weight``; the rest is detached.
+        TopKLoss. ``loss`` is differentiable once, in ``hidden``, ``weight`` and ``bias``; the rest is detached.
 
     Raises:
         ValueError: an argument is wrong.
     """
-    _check_head(hidden, weight)
-    problem = _problem(
-        hidden, weight.shape[0], teacher, kl=kl, mixed_weight=mixed_weight, jsd_beta=jsd_beta, outside=outside,
-        temperature=temperature, token_weights=token_weights, active=active, labels=labels, stats=stats,
-        valid_vocab=valid_vocab, vocab_start=vocab_start, group=group, memory=memory, chunk_bytes=chunk_bytes,
-        validate=validate,
+    _check_head(hidden, weight, bias, softcap)
+    _check_sequence_parallel(sequence_parallel, group)
+    return _divergence(
+        hidden, weight, bias, weight.shape[0], teacher, kl=kl, mixed_weight=mixed_weight, jsd_beta=jsd_beta,
+        outside=outside, temperature=temperature, token_weights=token_weights, active=active, labels=labels,
+        stats=stats, softcap=softcap, valid_vocab=valid_vocab, vocab_start=vocab_start, group=group,
+        sequence_parallel=sequence_parallel, memory=memory, chunk_bytes=chunk_bytes, validate=validate,
     )  # fmt: skip
-    return topk_divergence(hidden, weight, problem)
 
 
 def topk_kl_from_logits(
@@ -182,68 +191,64 @@ def topk_kl_from_logits(
         ValueError: an argument is wrong.
     """
     _check_matrix("logits", logits)
-    problem = _problem(
-        logits, logits.shape[1], teacher, kl=kl, mixed_weight=mixed_weight, jsd_beta=jsd_beta, outside=outside,
-        temperature=temperature, token_weights=token_weights, active=active, labels=labels, stats=stats,
-        valid_vocab=valid_vocab, vocab_start=vocab_start, group=group, memory=memory, chunk_bytes=chunk_bytes,
-        validate=validate,
+    return _divergence(
+        logits, None, None, logits.shape[1], teacher, kl=kl, mixed_weight=mixed_weight, jsd_beta=jsd_beta,
+        outside=outside, temperature=temperature, token_weights=token_weights, active=active, labels=labels,
+        stats=stats, softcap=None, valid_vocab=valid_vocab, vocab_start=vocab_start, group=group,
+        sequence_parallel=False, memory=memory, chunk_bytes=chunk_bytes, validate=validate,
     )  # fmt: skip
-    return topk_divergence(logits, None, problem)
 
 
-# ---------------------------------------------------------------- from arguments to a checked problem
+# ---------------------------------------------------------------- from checked arguments to the operator
 
 
-def _problem(
-    inputs: Tensor, shard_rows: int, teacher: TopK, *, kl: str, mixed_weight: float, jsd_beta: float, outside: str,
-    temperature: float, token_weights: Tensor | None, active: Tensor | None, labels: Tensor | None, stats: bool,
-    valid_vocab: int | None, vocab_start: int, group: Any, memory: str, chunk_bytes: int | None, validate: bool | None,
-) -> Problem:  # fmt: skip
+def _divergence(
+    inputs: Tensor, weight: Tensor | None, bias: Tensor | None, shard_rows: int, teacher: TopK, *, kl: str,
+    mixed_weight: float, jsd_beta: float, outside: str, temperature: float, token_weights: Tensor | None,
+    active: Tensor | None, labels: Tensor | None, stats: bool, softcap: float | None, valid_vocab: int | None,
+    vocab_start: int, group: Any, sequence_parallel: bool, memory: str, chunk_bytes: int | None, validate: bool | None,
+) -> TopKLoss:  # fmt: skip
     device, tokens = inputs.device, inputs.shape[0]
-    objective = _objective(kl, mixed_weight, jsd_beta, outside, temperature, stats)
+    o = _objective(kl, mixed_weight, jsd_beta, outside, temperature, stats, softcap)
     if memory not in ("fast", "low"):
         raise ValueError(f"memory={memory!r}: must be 'fast' or 'low'")
-    shards, columns, valid = _vocabulary(shard_rows, valid_vocab, vocab_start, group)
-    check_values = device.type == "cpu" if validate is None else validate
-
-    rows = _active(active, tokens, device, check_values)
-    count = tokens if rows is None else len(rows)
-    by_token = _check_teacher(teacher, objective, tokens, count, device, valid)
-    if token_weights is None:
-        weights = torch.ones(count, dtype=torch.float32, device=device)
-    else:
-        weights = _per_token("token_weights", token_weights, rows, tokens, device).detach()
-        if not weights.is_floating_point():
-            raise ValueError(f"token_weights has dtype {weights.dtype}: must be a float dtype; call .float() on it")
-    weights = weights.to(compute_dtype(inputs.dtype))
-    labels = None if labels is None else _per_token("labels", labels, rows, tokens, device)
+    name, columns, valid = _vocabulary(shard_rows, valid_vocab, vocab_start, group)
+    if sequence_parallel:
+        tokens *= dist.get_world_size(group)
+    _check_active(active)
+    count = tokens if active is None else len(active)
+    _check_teacher(teacher, o, tokens, count, device, valid)
+    _check_per_token("token_weights", token_weights, tokens, count, device)
+    if token_weights is not None and not token_weights.is_floating_point():
+        raise ValueError(f"token_weights has dtype {token_weights.dtype}: must be a float dtype; call .float() on it")
+    _check_per_token("labels", labels, tokens, count, device)
     if labels is not None and labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels has dtype {labels.dtype}: must be int64 vocabulary ids")
 
-    if device.type == "cpu":  # looking at values is free here, so weight 0 drops a token before any GEMM
-        rows, teacher, by_token, weights, labels = _drop_zeros(rows, teacher, by_token, weights, labels)
-    may_ignore = True
-    if check_values:
-        may_ignore = _check_values(teacher, rows if by_token else None, labels, valid)
-    return Problem(
-        teacher=teacher,
-        teacher_by_token=by_token,
-        rows=rows,
-        weights=weights,
-        labels=labels,
-        objective=objective,
-        vocab_start=vocab_start,
-        columns=columns,
-        whole_vocabulary=teacher.indices.shape[1] == valid,
-        may_ignore=may_ignore,
-        chunk_bytes=_chunk_bytes(chunk_bytes, device),
-        low=memory == "low",
-        shards=shards,
-    )
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (inputs, weight, bias)]
+    values = ops.topk_kl(
+        inputs, weight, bias, *teacher, None if token_weights is None else token_weights.detach(), active, labels,
+        o.kl, o.outside, o.mixed_weight, o.jsd_beta, o.temperature, o.stats, o.softcap, valid, columns, vocab_start,
+        name, sequence_parallel, memory == "low", _chunk_bytes(chunk_bytes, device),
+        device.type == "cpu" if validate is None else bool(validate), *needs,
+    )  # fmt: skip
+    knows_mass = teacher.indices.shape[1] == valid or any(x is not None for x in teacher[2:])
+    reported = field_names(o, knows_mass, labels is not None)
+    fields = dict(zip(TopKLoss._fields[1:], values[1:7], strict=True))
+    return TopKLoss(values[0], **{key: value if key in reported else None for key, value in fields.items()})  # type: ignore
+
+
+# ---------------------------------------------------------------- checks of shapes, dtypes and settings
 
 
 def _objective(
-    kl: str, mixed_weight: float, jsd_beta: float, outside: str, temperature: float, stats: bool
+    kl: str,
+    mixed_weight: float,
+    jsd_beta: float,
+    outside: str,
+    temperature: float,
+    stats: bool,
+    softcap: float | None,
 ) -> Objective:
     if kl not in KLS:
         raise ValueError(f"kl={kl!r}: must be one of {', '.join(KLS)}")
@@ -256,11 +261,19 @@ def _objective(
     if not 0.0 < jsd_beta < 1.0:
         raise ValueError(f"jsd_beta={jsd_beta!r}: must be above 0 and below 1; the ends are kl='forward', 'reverse'")
     _check_positive("temperature", temperature)
-    return Objective(kl, outside, float(mixed_weight), float(jsd_beta), float(temperature), bool(stats))
+    return Objective(
+        kl,
+        outside,
+        float(mixed_weight),
+        float(jsd_beta),
+        float(temperature),
+        bool(stats),
+        None if softcap is None else float(softcap),
+    )
 
 
 def _check_positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < float("inf"):
         raise ValueError(f"{name}={value!r}: must be positive and finite")
 
 
@@ -278,7 +291,7 @@ def _check_matrix(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has dtype {value.dtype}: must be float32, bfloat16 or float64; cast it")
 
 
-def _check_head(hidden: Tensor, weight: Tensor) -> None:
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
     _check_matrix("hidden", hidden)
     _check_matrix("weight", weight)
     if hidden.shape[1] != weight.shape[1]:
@@ -290,57 +303,65 @@ def _check_head(hidden: Tensor, weight: Tensor) -> None:
         raise ValueError(f"weight has dtype {weight.dtype} but hidden has {hidden.dtype}: cast one to the other")
     if hidden.device != weight.device:
         raise ValueError(f"weight is on {weight.device} but hidden is on {hidden.device}: move one to the other")
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+            shape = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+            raise ValueError(f"bias is {shape}: must be a tensor with one entry per row of weight, ({len(weight)},)")
+        if bias.dtype != weight.dtype or bias.device != weight.device:
+            raise ValueError(
+                f"bias is {bias.dtype} on {bias.device}: must be {weight.dtype} on {weight.device} like weight"
+            )
+    if softcap is not None:
+        _check_positive("softcap", softcap)
 
 
-def _vocabulary(shard_rows: int, valid_vocab: int | None, vocab_start: int, group: Any) -> tuple[Shards, int, int]:
-    """The ranks, the valid ids held here, and the valid ids over all ranks."""
+def _check_sequence_parallel(sequence_parallel: bool, group: Any) -> None:
+    if sequence_parallel and group is None:
+        raise ValueError("sequence_parallel=True: needs group, the ranks that hold the other rows of hidden")
+
+
+def _vocabulary(shard_rows: int, valid_vocab: int | None, vocab_start: int, group: Any) -> tuple[str | None, int, int]:
+    """The group's name, the valid ids held here, and the valid ids over all ranks."""
     if vocab_start < 0:
         raise ValueError(f"vocab_start={vocab_start!r}: must be the first id of this shard, 0 or more")
     if group is None:
         if vocab_start:
             raise ValueError(f"vocab_start={vocab_start!r}: needs group, the ranks that hold the other ids")
-        total = shard_rows
-    else:
-        if not dist.is_initialized():
-            raise ValueError("group is given but torch.distributed is not initialised; call init_process_group first")
-        total = 0
-    shards = Shards(group)
-    if group is not None:
-        total = shards.vocabulary(vocab_start, shard_rows) if valid_vocab is None else valid_vocab
-    if valid_vocab is not None and (valid_vocab < 1 or (group is None and valid_vocab > shard_rows)):
-        raise ValueError(f"valid_vocab={valid_vocab!r}: must be from 1 to the vocabulary size {shard_rows}")
-    valid = total if valid_vocab is None else valid_vocab
-    return shards, min(max(valid - vocab_start, 0), shard_rows), valid
+        if valid_vocab is not None and not 1 <= valid_vocab <= shard_rows:
+            raise ValueError(f"valid_vocab={valid_vocab!r}: must be from 1 to the vocabulary size {shard_rows}")
+        valid = shard_rows if valid_vocab is None else valid_vocab
+        return None, valid, valid
+    if not dist.is_initialized():
+        raise ValueError("group is given but torch.distributed is not initialised; call init_process_group first")
+    if valid_vocab is not None and valid_vocab < 1:
+        raise ValueError(f"valid_vocab={valid_vocab!r}: must be 1 or more")
+    valid = last_id(group, vocab_start + shard_rows) if valid_vocab is None else valid_vocab
+    return group.group_name, min(max(valid - vocab_start, 0), shard_rows), valid
 
 
-def _active(active: Tensor | None, tokens: int, device: torch.device, check_values: bool) -> Tensor | None:
+def _check_active(active: Tensor | None) -> None:
     if active is None:
-        return None
+        return
     if not isinstance(active, Tensor) or active.dim() != 1 or active.dtype != torch.int64:
         found = f"{tuple(active.shape)} {active.dtype}" if isinstance(active, Tensor) else type(active).__name__
         raise ValueError(f"active is {found}: must be a 1-dimensional int64 tensor of token ids (not a mask)")
-    if len(active) and (check_values or active.device.type == "cpu"):
-        first, last = int(active[0]), int(active[-1])
-        if first < 0 or last >= tokens or bool((active[1:] <= active[:-1]).any()):
-            raise ValueError(f"active runs from {first} to {last}: must ascend without repeats within 0 … {tokens - 1}")
-    return active.to(device, non_blocking=True)
 
 
-def _per_token(name: str, value: Tensor, rows: Tensor | None, tokens: int, device: torch.device) -> Tensor:
-    """[n] values of the tokens that count, from [N] or [n] ones."""
-    count = tokens if rows is None else len(rows)
+def _check_per_token(name: str, value: Tensor | None, tokens: int, count: int, device: torch.device) -> None:
+    """One entry per token, or per active token."""
+    if value is None:
+        return
     if not isinstance(value, Tensor) or value.dim() != 1 or len(value) not in (tokens, count):
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} is {shape}: must be a tensor with one entry per token, ({tokens},)")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}: must be on {device} like the logits; move it")
-    return value if rows is None or len(value) == count else value.index_select(0, rows)
 
 
 def _check_teacher(
     teacher: TopK, objective: Objective, tokens: int, count: int, device: torch.device, valid: int
-) -> bool:
-    """Shapes, dtypes, devices; True when there is one teacher row per token, not one per active token."""
+) -> None:
+    """Shapes, dtypes, devices."""
     if not isinstance(teacher, tuple) or len(teacher) != 4:
         raise ValueError(f"teacher is {type(teacher).__name__}: must be a fastkd.kernels.TopK")
     indices, logits = teacher.indices, teacher.logits
@@ -369,76 +390,3 @@ def _check_teacher(
             f"outside={objective.outside!r} needs the teacher's probabilities outside the kept ids: give "
             "teacher.tail_logsumexp (vocab_topk does) or teacher.logsumexp, or use outside='renormalize' or 'zero'"
         )
-    if objective.outside == "bucket" and teacher.tail_logsumexp is None and kept < valid:
-        _warn_about_logsumexp()
-    return indices.shape[0] == tokens
-
-
-def _warn_about_logsumexp() -> None:
-    global _warned_about_logsumexp
-    if not _warned_about_logsumexp:
-        _warned_about_logsumexp = True
-        warnings.warn(
-            "teacher.tail_logsumexp is missing: the mass outside the kept ids is taken from a difference, which "
-            "float32 cannot resolve below about 1e-6 and which is clamped there. Ship tail_logsumexp if you can.",
-            stacklevel=5,
-        )
-
-
-def _drop_zeros(
-    rows: Tensor | None, teacher: TopK, by_token: bool, weights: Tensor, labels: Tensor | None
-) -> tuple[Tensor | None, TopK, bool, Tensor, Tensor | None]:
-    """Leave out tokens of weight 0."""
-    live = weights != 0
-    if bool(live.all()):
-        return rows, teacher, by_token, weights, labels
-    places = live.nonzero().squeeze(1)
-    if not by_token:  # the teacher's rows follow ``rows``, which gets shorter
-        teacher = teacher.map(lambda field: field.index_select(0, places))
-    rows = places if rows is None else rows.index_select(0, places)
-    return rows, teacher, by_token, weights[places], None if labels is None else labels[places]
-
-
-def _check_values(teacher: TopK, rows: Tensor | None, labels: Tensor | None, valid: int) -> bool:
-    """Check ids and logits of the rows that count; True when some logit is −inf."""
-    indices, logits = teacher.indices, teacher.logits
-    if rows is not None:
-        indices, logits = indices.index_select(0, rows), logits.index_select(0, rows)
-    if labels is not None and len(labels):
-        low, high = (int(x) for x in labels.aminmax())
-        if low < 0 or high >= valid:
-            raise ValueError(
-                f"labels hold {low if low < 0 else high}: must be ids from 0 to {valid - 1}; give tokens without a "
-                "label weight 0"
-            )
-    if indices.numel() == 0:
-        return False
-    low, high = (int(x) for x in indices.aminmax())
-    if low < 0 or high >= valid:
-        raise ValueError(f"teacher.indices hold {low if low < 0 else high}: must be from 0 to {valid - 1}")
-    ascending = indices[:, 1:] > indices[:, :-1]
-    finite = torch.isfinite(logits)
-    if bool(finite.all()):
-        if not bool(ascending.all()):
-            raise ValueError(_ORDER.format(int((~ascending).any(1).nonzero()[0])))
-        return False
-    wrong = ~finite & ~torch.isneginf(logits)
-    if bool(wrong.any()):
-        row = int(wrong.any(1).nonzero()[0])
-        raise ValueError(f"teacher.logits row {row} holds NaN or +inf: only finite values and −inf (ignored) are legal")
-    empty = ~finite.any(1)
-    if bool(empty.any()):
-        row = int(empty.nonzero()[0])
-        raise ValueError(f"teacher.logits row {row} has no finite entry: give that token weight 0")
-    # The largest finite id so far, before each entry; a finite entry must exceed it.
-    seen = torch.where(finite, indices.long(), -1).cummax(1).values
-    wrong = finite[:, 1:] & (indices[:, 1:] <= seen[:, :-1])
-    if bool(wrong.any()):
-        raise ValueError(_ORDER.format(int(wrong.any(1).nonzero()[0])))
-    return True
-
-
-_ORDER = (
-    "teacher.indices row {} does not ascend strictly: ids must be unique and sorted; sort each row by id (and logits "
-    "with it), and merge duplicates"
-)

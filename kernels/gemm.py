@@ -60,10 +60,6 @@ class HeadGemms:
         else:
             torch.mm(dz.t(), x, out=out)
 
-    def narrow(self, dz: Tensor) -> Tensor:
-        """``dz`` in the dtype of the backward GEMMs: bfloat16 for the mixed ones, else unchanged."""
-        return dz.to(self.weight.dtype) if self.mixed else dz
-
     def _slabs(self) -> Iterator[tuple[int, int, Tensor]]:
         """The weight in the compute dtype, in row ranges (start, stop, rows)."""
         total = self.weight.shape[0]

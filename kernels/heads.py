@@ -8,40 +8,65 @@ Letters: N tokens of the caller, c rows of a chunk, D hidden, V valid vocabulary
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from fastkd._kernels.gemm import HeadGemms
 from fastkd._kernels.problem import Problem
+from fastkd._kernels.row_passes import row_passes
 from fastkd._kernels.rows import LOG_ZERO, compute_dtype
+from fastkd._kernels.vocab_parallel import Pending
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    inputs: bool
+    weight: bool = False
+    bias: bool = False
+
+
+class Gradients(NamedTuple):
+    """Gradients of the inputs (hidden or logits), the weight and the bias; None where not asked for."""
+
+    inputs: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 class LinearHead:
     """Logits = hidden · weightᵀ, a chunk of rows at a time; gradients are summed in the compute dtype."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, problem: Problem, need_hidden: bool, need_weight: bool):
-        self.hidden, self.weight = hidden, weight[: problem.columns]
-        self.rows, self.shards = problem.rows, problem.shards
-        self.need_hidden, self.need_weight = need_hidden, need_weight
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, needs: Needs):
+        self.passes = row_passes(weight.device, compute_dtype(weight.dtype))
+        self.shards, self.softcap = problem.shards, problem.objective.softcap
+        self.hidden = self.shards.gather_blocks(hidden) if problem.sequence_parallel else hidden
+        self.block = len(hidden) if problem.sequence_parallel else None
+        self.weight, self.bias = weight[: problem.columns], None if bias is None else bias[: problem.columns]
+        self.rows, self.needs = problem.rows, needs
         self.dtype = compute_dtype(weight.dtype)
         # Widened weight rows (bfloat16 without a mixed GEMM) live in a part of the chunk's budget.
         widen = weight.dtype != self.dtype and not weight.is_cuda
         self.scratch_bytes = problem.chunk_bytes // 4 if widen else 0
         self.gemms = HeadGemms(self.weight, self.scratch_bytes)
-        self.bytes_per_logit = self.dtype.itemsize + (weight.element_size() if self.gemms.mixed else 0)
-        self.grad_hidden = self.grad_weight = None
-        if need_hidden:
-            self.grad_hidden = hidden.new_empty(hidden.shape) if self.rows is None else hidden.new_zeros(hidden.shape)
-        if need_weight:
+        self.gradient_dtype = weight.dtype if self.gemms.mixed else self.dtype  # of dlogits
+        narrowed = self.gemms.mixed and not self.passes.narrows_in_place
+        self.bytes_per_logit = self.dtype.itemsize + (weight.element_size() if narrowed else 0)
+        self.grad_hidden = self.grad_weight = self.grad_bias = None
+        if needs.inputs:
+            make = self.hidden.new_empty if self.rows is None else self.hidden.new_zeros
+            self.grad_hidden = make(self.hidden.shape)
+        if needs.bias:
+            assert bias is not None
+            self.grad_bias = bias.new_zeros(bias.shape, dtype=self.dtype)
+        if needs.weight:
             # The slab loop writes each weight row once, so it needs no wide accumulator.
             dtype = weight.dtype if problem.by_slabs else self.dtype
             self.grad_weight = weight.new_empty(weight.shape, dtype=dtype)
             self.grad_weight[problem.columns :].zero_()  # padding ids
         self.accumulate = False
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Whether anything is drained."""
-        return self.need_hidden or self.need_weight
+        self.pending: tuple[slice, Tensor, Pending] | None = None
 
     def activations(self, part: slice) -> Tensor:
         """Hidden states [c, D] of a chunk, as the GEMMs want them."""
@@ -51,22 +76,37 @@ class LinearHead:
     def fill(self, part: slice, out: Tensor) -> None:
         """out[c, V] = logits of a chunk."""
         self.x = self.activations(part)
-        self.gemms.logits(self.x, out)
+        self.project(self.gemms, self.x, self.bias, out)
+
+    def project(self, gemms: HeadGemms, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """out[c, v] = logits of activations ``x`` for the rows of the weight that ``gemms`` holds, and their bias."""
+        gemms.logits(x, out)
+        if bias is not None:
+            # A bias of −inf masks an id; sums of 0 · log 0 need it finite.
+            out.add_(bias).clamp_(min=LOG_ZERO)
+        self.passes.cap(out, self.softcap)
 
     def drain(self, part: slice, dz: Tensor) -> None:
         """Turn a chunk of dlogits into its part of the gradients; ``fill`` was called last with the same chunk."""
-        dz = self.gemms.narrow(dz)
-        grad_x = pending = None
-        if self.need_hidden:
+        if self.needs.inputs:
             grad_x = self.hidden_slot(part)
             self.gemms.grad_hidden(dz, grad_x)
-            pending = self.shards.start_sum(grad_x)  # travels while dW is computed
+            self.settle()
+            # Travels while dW and the next chunk's logits are computed.
+            self.pending = (part, grad_x, self.shards.start_sum(grad_x))
         if self.grad_weight is not None:
             self.gemms.grad_weight(dz, self.x, self.grad_weight[: len(self.weight)], self.accumulate)
             self.accumulate = True
-        if grad_x is not None and pending is not None:
-            pending.wait()
+        if self.grad_bias is not None:
+            self.grad_bias[: len(self.weight)] += dz.sum(0, dtype=self.dtype)
+
+    def settle(self) -> None:
+        """Place the dX that is under way, when it has arrived."""
+        if self.pending is not None:
+            part, grad_x, arrival = self.pending
+            arrival.wait()
             self.store_hidden(part, grad_x)
+            self.pending = None
 
     def hidden_slot(self, part: slice) -> Tensor:
         """Where a chunk's dX is computed: its final place when nothing has to be cast or scattered."""
@@ -83,24 +123,30 @@ class LinearHead:
         elif self.grad_hidden.dtype != self.dtype:
             self.grad_hidden[part] = grad_x
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """dX and dW in the dtypes of their inputs: the only rounding of dW."""
-        if self.grad_weight is None:
-            return self.grad_hidden, None
-        if not self.accumulate:  # no row counted
-            self.grad_weight.zero_()
-        return self.grad_hidden, self.grad_weight.to(self.weight.dtype)
+    def gradients(self) -> Gradients:
+        """dX, dW and the bias's gradient in the dtypes of their inputs: the only rounding of dW."""
+        self.settle()
+        if self.grad_hidden is not None and self.block is not None:
+            start = self.shards.rank * self.block
+            self.grad_hidden = self.grad_hidden[start : start + self.block].clone()  # frees the other blocks
+        if self.grad_weight is not None:
+            if not self.accumulate:  # no row counted
+                self.grad_weight.zero_()
+            self.grad_weight = self.grad_weight.to(self.weight.dtype)
+        if self.grad_bias is not None and self.bias is not None:
+            self.grad_bias = self.grad_bias.to(self.bias.dtype)
+        return Gradients(self.grad_hidden, self.grad_weight, self.grad_bias)
 
 
 class GivenLogits:
     """Logits that the caller already holds; they are copied a chunk at a time, never changed."""
 
-    def __init__(self, logits: Tensor, problem: Problem, need: bool):
-        self.logits, self.rows, self.columns = logits, problem.rows, problem.columns
-        self.needs_gradient = need
-        self.dtype = compute_dtype(logits.dtype)
+    def __init__(self, logits: Tensor, problem: Problem, needs: Needs):
+        self.logits, self.rows, self.columns, self.needs = logits, problem.rows, problem.columns, needs
+        self.dtype = self.gradient_dtype = compute_dtype(logits.dtype)
+        self.passes = row_passes(logits.device, self.dtype)
         self.scratch_bytes, self.bytes_per_logit = 0, self.dtype.itemsize
-        self.grad = logits.new_zeros(logits.shape) if need else None
+        self.grad = logits.new_zeros(logits.shape) if needs.inputs else None
 
     def fill(self, part: slice, out: Tensor) -> None:
         """Copy a chunk; −inf (masked ids) becomes the finite LOG_ZERO."""
@@ -113,6 +159,6 @@ class GivenLogits:
         rows = part if self.rows is None else self.rows[part]
         self.grad[rows, : self.columns] = dz.to(self.grad.dtype)
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+    def gradients(self) -> Gradients:
         """The gradient of the logits."""
-        return self.grad, None
+        return Gradients(self.grad, None, None)

@@ -13,19 +13,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastkd._kernels import row_stats
 from fastkd._kernels.gemm import HeadGemms
-from fastkd._kernels.row_stats import gather_poison, tail_stats
 from fastkd._kernels.row_topk import padded_columns, row_topk, select
-from fastkd._kernels.rows import LOG_ZERO, TopK, chunks, compute_dtype, leading_dimension
+from fastkd._kernels.rows import LOG_ZERO, Objective, TopK, chunks, compute_dtype, leading_dimension
+from fastkd._kernels.tuning import use_triton
 from fastkd._kernels.vocab_parallel import Shards
 
 
 def linear_topk(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     k: int,
     *,
     temperature: float,
+    softcap: float | None,
     columns: int,
     vocab_start: int,
     chunk_bytes: int,
@@ -33,25 +36,36 @@ def linear_topk(
 ) -> TopK:
     """Top-K of N rows; see ``fastkd.kernels.vocab_topk`` for the checked, public form."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        local = _local_topk(hidden, weight[:columns], min(k, columns), temperature, chunk_bytes)
+        bias = None if bias is None else bias[:columns]
+        local = _local_topk(hidden, weight[:columns], bias, min(k, columns), temperature, softcap, chunk_bytes)
         local.indices.add_(vocab_start)
-        merged = _merge(local, k, temperature, shards) if shards.parallel else local
+        merged = _merge(local, k, temperature, softcap, shards) if shards.parallel else local
+        row_stats.cap(merged.logits, softcap)
     tail = merged.tail_logsumexp
     assert tail is not None
     return merged._replace(tail_logsumexp=tail.masked_fill(tail == LOG_ZERO, -torch.inf))
 
 
-def _local_topk(hidden: Tensor, weight: Tensor, k: int, temperature: float, chunk_bytes: int) -> TopK:
+def _local_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    temperature: float,
+    softcap: float | None,
+    chunk_bytes: int,
+) -> TopK:
+    """Top-K among the ids held here: local ids, logits before the soft-cap, logsumexps after it."""
     n, columns = hidden.shape[0], weight.shape[0]
     dtype = compute_dtype(weight.dtype)
     make = hidden.new_empty
     result = TopK(
         make((n, k), dtype=torch.int32), make((n, k), dtype=dtype), make(n, dtype=dtype), make(n, dtype=dtype)
     )
-    assert result.logsumexp is not None and result.tail_logsumexp is not None
     scratch = chunk_bytes // 4 if weight.dtype != dtype and not weight.is_cuda else 0
     gemms = HeadGemms(weight, scratch)
     leading = leading_dimension(padded_columns(columns, k))
+    by_triton = use_triton(hidden.device, dtype)
     buffer = None
     for part in chunks(n, leading * dtype.itemsize, chunk_bytes - scratch):
         c = part.stop - part.start
@@ -60,21 +74,38 @@ def _local_topk(hidden: Tensor, weight: Tensor, k: int, temperature: float, chun
             buffer[:, columns:] = -torch.inf  # the lanes' padding; GEMMs write in front of it
         chunk, logits = buffer[:c], buffer[:c, :columns]
         gemms.logits(gemms.activations(hidden[part]), logits)
-        chosen_K, runner_up = row_topk(chunk, columns, k)
-        picked_K = gather_poison(chunk, chosen_K)
-        tail = tail_stats(logits, temperature, top=runner_up).lse
-        result.indices[part] = chosen_K
-        result.logits[part] = picked_K
-        result.tail_logsumexp[part] = tail
-        result.logsumexp[part] = torch.logaddexp((picked_K / temperature).logsumexp(1), tail)
+        if bias is not None:
+            logits.add_(bias).clamp_(min=LOG_ZERO)
+        if by_triton:
+            from fastkd._kernels.triton_topk import topk_rows
+
+            found = topk_rows(chunk, columns, k, temperature, softcap)
+        else:
+            found = _select(chunk, columns, k, temperature, softcap)
+        for whole, rows in zip(result, found, strict=True):
+            whole[part] = rows  # type: ignore[index]
     return result
 
 
-def _merge(local: TopK, k: int, temperature: float, shards: Shards) -> TopK:
+def _select(buffer: Tensor, columns: int, k: int, temperature: float, softcap: float | None) -> TopK:
+    """The same of one chunk of logits, which is used up."""
+    logits = buffer[:, :columns]
+    chosen_K, runner_up = row_topk(buffer, columns, k)
+    picked_K = logits.gather(1, chosen_K)
+    # The cap preserves order, so the selection stands; where it makes logits equal, the uncapped ones have decided.
+    row_stats.cap(logits, softcap)
+    capped_K = picked_K
+    if softcap is not None:
+        capped_K, runner_up = logits.gather(1, chosen_K), None
+    logits.scatter_(1, chosen_K, LOG_ZERO)
+    tail = row_stats.tail_stats(logits, Objective(temperature=temperature, stats=False), top=runner_up).lse
+    return TopK(chosen_K, picked_K, torch.logaddexp((capped_K / temperature).logsumexp(1), tail), tail)
+
+
+def _merge(local: TopK, k: int, temperature: float, softcap: float | None, shards: Shards) -> TopK:
     """Exact top-K over all ranks' candidates, for all rows, on every rank."""
     assert local.tail_logsumexp is not None
     n, dtype, size = local.logits.shape[0], local.logits.dtype, shards.size
-    device = local.logits.device
     # Every rank sends k candidates per row (−inf where its shard is smaller) and its tail: equal blocks of rows.
     each = -(-n // size)
     values_K = local.logits.new_full((each * size, k), -torch.inf)
@@ -98,13 +129,18 @@ def _merge(local: TopK, k: int, temperature: float, shards: Shards) -> TopK:
     values_M = values_M.gather(1, order_M)
     places_K = select(values_M, k)
     ids_K, values_K = ids_M.gather(1, places_K), values_M.gather(1, places_K)
-    dropped_M = values_M.scatter(1, places_K, -torch.inf)
-    tail = torch.logaddexp(tail, (dropped_M / temperature).logsumexp(1).clamp(min=LOG_ZERO))
-    lse = torch.logaddexp((values_K / temperature).logsumexp(1), tail)
+    z_M = _z(values_M, temperature, softcap)
+    tail = torch.logaddexp(tail, z_M.scatter(1, places_K, -torch.inf).logsumexp(1).clamp(min=LOG_ZERO))
+    lse = torch.logaddexp(z_M.gather(1, places_K).logsumexp(1), tail)
 
     def collect(rows: Tensor) -> Tensor:
-        whole = torch.empty((each * size, *rows.shape[1:]), dtype=rows.dtype, device=device)
-        dist.all_gather(list(whole.chunk(size)) if each else [whole] * size, rows.contiguous(), group=shards.group)
-        return whole[:n]
+        return shards.gather_blocks(rows)[:n]
 
     return TopK(collect(ids_K), collect(values_K.to(dtype)), collect(lse), collect(tail))
+
+
+def _z(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """Logits after the soft-cap, over T; −inf (padding) stays."""
+    if softcap is not None:
+        logits = (softcap * torch.tanh(logits / softcap)).masked_fill(torch.isneginf(logits), -torch.inf)
+    return logits / temperature

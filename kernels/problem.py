@@ -34,6 +34,7 @@ class Problem:
     may_ignore: bool  # some teacher logit may be −inf
     chunk_bytes: int
     low: bool
+    sequence_parallel: bool  # hidden holds this rank's block of the rows
     shards: Shards
 
     def teacher_at(self, part: slice) -> TopK:
@@ -49,14 +50,18 @@ class Problem:
 
     @property
     def by_slabs(self) -> bool:
-        """Whether a linear head goes slab by slab: asked for, or because only the kept columns are needed."""
-        return self.low or not self.objective.needs_tail
+        """Whether a linear head goes slab by slab: asked for, or because only some columns are needed."""
+        return self.low or self.kept_columns_only
+
+    @property
+    def kept_columns_only(self) -> bool:
+        """Whether only the ids that occur are projected. Finding them waits for an accelerator, so only on the CPU."""
+        return not self.objective.needs_tail and self.weights.device.type == "cpu"
 
     @property
     def wants_labels(self) -> bool:
-        """Whether label_logprob is reported: it is not where it alone would need a pass over the vocabulary."""
-        o = self.objective
-        return self.labels is not None and o.needs_tail and (o.temperature == 1.0 or o.stats)
+        """Whether label_logprob is reported."""
+        return self.labels is not None and reports_labels(self.objective)
 
     @property
     def wants_raw(self) -> bool:
@@ -66,16 +71,33 @@ class Problem:
     @property
     def fields(self) -> list[str]:
         """Names of the per-token fields this problem fills."""
-        names = ["per_token"]
-        if self.whole_vocabulary or self.teacher.logsumexp is not None or self.teacher.tail_logsumexp is not None:
-            names.append("teacher_mass")
-        if self.objective.needs_tail:
-            names.append("student_mass")
-        if self.objective.stats:
-            names += ["entropy", "top1_agree"]
-        if self.wants_labels:
-            names.append("label_logprob")
-        return names
+        teacher = self.teacher
+        knows_mass = self.whole_vocabulary or teacher.logsumexp is not None or teacher.tail_logsumexp is not None
+        return field_names(self.objective, knows_mass, self.labels is not None)
+
+
+def reports_labels(objective: Objective) -> bool:
+    """Whether label_logprob is reported: it is not where it alone would need a pass over the vocabulary."""
+    return objective.needs_tail and (objective.temperature == 1.0 or objective.stats)
+
+
+def field_names(objective: Objective, knows_mass: bool, with_labels: bool) -> list[str]:
+    """Names of the fields of ``TopKLoss`` beside the loss that are reported."""
+    names = ["per_token"]
+    if knows_mass:
+        names.append("teacher_mass")
+    if objective.needs_tail:
+        names.append("student_mass")
+    if objective.stats:
+        names += ["entropy", "top1_agree"]
+    if with_labels and reports_labels(objective):
+        names.append("label_logprob")
+    return names
+
+
+def new_field(name: str, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A field of ``TopKLoss`` [N], 0 (False)."""
+    return torch.zeros(tokens, dtype=torch.bool if name == "top1_agree" else dtype, device=device)
 
 
 class Outputs:
@@ -83,12 +105,8 @@ class Outputs:
 
     def __init__(self, tokens: int, problem: Problem, dtype: torch.dtype, device: torch.device):
         self.rows, self.dtype = problem.rows, dtype
-        self.fields = {
-            name: torch.zeros(tokens, dtype=torch.bool if name == "top1_agree" else dtype, device=device)
-            for name in problem.fields
-        }
-        # In float64, so that the rounding of the sum does not show how rows were packed or chunked.
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.fields = {name: new_field(name, tokens, dtype, device) for name in problem.fields}
+        self.weights = problem.weights
 
     def put(self, part: slice, name: str, values: Tensor) -> None:
         """Store the values of a chunk."""
@@ -96,4 +114,10 @@ class Outputs:
 
     def result(self) -> TopKLoss:
         """The record of the call."""
-        return TopKLoss(self.loss.to(self.dtype), **self.fields)
+        per_token = self.fields["per_token"]
+        losses = per_token if self.rows is None else per_token.index_select(0, self.rows)
+        # In float64, so that the rounding of the sum does not show how rows were packed or chunked. Rows of weight 0
+        # that could not be dropped report 0, but their weight may not be a number to multiply with.
+        weights = self.weights.double()
+        loss = torch.where(weights != 0, losses.double() * weights, 0.0).sum()
+        return TopKLoss(loss.to(self.dtype), **self.fields)

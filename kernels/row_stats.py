@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastkd._kernels.rows import LOG_ZERO, LOG_ZERO_BOUND, RowGradient, Tail
+from fastkd._kernels.rows import LOG_ZERO, LOG_ZERO_BOUND, Objective, RowGradient, Tail, columns_of
 
 # Bytes of a block of rows: with its scratch it should stay in the second-level caches of a few cores.
 _BLOCK_BYTES = 1 << 21
@@ -29,36 +29,58 @@ def blocks(rows: int, columns: int, itemsize: int, device: torch.device) -> list
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def gather_poison(buffer: Tensor, columns_K: Tensor) -> Tensor:
-    """Take the K logits of each row aside and overwrite them with LOG_ZERO. ``buffer`` [c, ≥ V + 1]."""
+def cap(logits: Tensor, softcap: float | None) -> None:
+    """logits [c, V] → softcap · tanh(logits / softcap), in place; nothing without a soft-cap."""
+    if softcap is None:
+        return
+    for rows in blocks(len(logits), logits.shape[1], logits.element_size(), logits.device):
+        logits[rows].div_(softcap).tanh_().mul_(softcap)
+
+
+def pick(buffer: Tensor, ids: Tensor, start: int, columns: int, o: Objective) -> Tensor:
+    """One logit per row [c], LOG_ZERO where its id [c] is not held here. Arguments as of ``pick_poison``."""
+    column = columns_of(ids, start, columns)
+    return buffer.gather(1, column[:, None]).squeeze(1).masked_fill_(column == columns, LOG_ZERO)
+
+
+def pick_poison(
+    buffer: Tensor, ids_K: Tensor, logits_K: Tensor | None, start: int, columns: int, o: Objective
+) -> tuple[Tensor, Tensor]:
+    """Take the logits of each row's kept ids aside, and overwrite them with LOG_ZERO.
+
+    Args:
+        buffer: [c, ≥ V + 1] logits of the ids from ``start`` on, and the trash column ``columns``.
+        ids_K: [c, K] ids.
+        logits_K: [c, K] the teacher's, where some may be −inf: those entries are ignored (None: all count).
+        start: id of column 0.
+        columns: V.
+        o: the objective (its soft-cap has been applied by ``cap`` here).
+
+    Returns:
+        (logits [c, K], LOG_ZERO for ids that are ignored or not held here; their columns [c, K], else ``columns``).
+    """
+    columns_K = find_columns(buffer, ids_K, logits_K, start, columns)
+    buffer[:, columns] = LOG_ZERO
     picked_K = buffer.gather(1, columns_K)
     buffer.scatter_(1, columns_K, LOG_ZERO)
-    return picked_K
+    return picked_K, columns_K
 
 
-def pick(chunk: Tensor, columns: Tensor, trash: int) -> Tensor:
-    """One logit per row, LOG_ZERO where its id is not held here (column ``trash``)."""
-    values = chunk.gather(1, columns[:, None]).squeeze(1)
-    return values.masked_fill(columns == trash, LOG_ZERO)
+def find_columns(buffer: Tensor, ids_K: Tensor, logits_K: Tensor | None, start: int, columns: int) -> Tensor:
+    """The columns [c, K] that ``pick_poison`` reports, without touching the buffer."""
+    return columns_of(ids_K, start, columns, None if logits_K is None else ~torch.isneginf(logits_K))
 
 
-def tail_stats(
-    logits: Tensor,
-    temperature: float,
-    *,
-    mean: bool = False,
-    raw: bool = False,
-    linear: bool = False,
-    top: Tensor | None = None,
-) -> Tail:
-    """Logsumexp, maximum and (on request) mean of a chunk of poisoned logits [c, V], which is used up.
+def tail_stats(logits: Tensor, o: Objective, *, raw: bool = False, top: Tensor | None = None) -> Tail:
+    """Logsumexp, maximum and (where ``o`` needs it) mean of a chunk of poisoned logits [c, V], which is used up.
 
-    Instead of the logits it holds exp(z − max) afterwards, or with ``linear`` (z − max) · log2(e), as
+    Instead of the logits it holds exp(z − max) afterwards, or (z − max) · log2(e) where ``o.keeps_exponents``, as
     ``write_dlogits`` expects.
     ``raw`` asks for the logsumexp at T = 1 too; ``top`` [c] is the maximum where it is known already. An empty tail
     (all poisoned) comes out as LOG_ZERO.
     """
     c, columns = logits.shape
+    temperature, mean, linear = o.temperature, o.needs_tail_mean, o.keeps_exponents
     if columns == 0 or c == 0:
         empty = logits.new_full((c,), LOG_ZERO)
         return Tail(empty, empty, empty if mean else None, empty if raw else None)
@@ -99,36 +121,69 @@ def _origin(highest: Tensor, temperature: float) -> Tensor:
     return (highest * (-_LOG2_E / temperature)).masked_fill_(highest < LOG_ZERO_BOUND, 0.0)[:, None]
 
 
-def exponents(logits: Tensor, temperature: float, shift: Tensor, linear: bool) -> None:
+def exponents(logits: Tensor, shift: Tensor, o: Objective) -> None:
     """Turn logits [c, V] into what ``tail_stats`` leaves, for a known ``shift`` [c] in units of z."""
     origin = _origin(shift, 1.0)
     for rows in blocks(len(logits), logits.shape[1], logits.element_size(), logits.device):
         block = logits[rows]
-        torch.add(origin[rows], block, alpha=_LOG2_E / temperature, out=block)
-        if not linear:
+        torch.add(origin[rows], block, alpha=_LOG2_E / o.temperature, out=block)
+        if not o.keeps_exponents:
             block.exp2_()
 
 
-def write_dlogits(chunk: Tensor, shift: Tensor | None, lse_tail: Tensor | None, gradient: RowGradient) -> None:
-    """Overwrite a chunk [c, V] with exp(z − lse_tail)(α + β z); the kept ids are written afterwards.
+def write_dlogits(
+    buffer: Tensor,
+    columns: int,
+    columns_K: Tensor,
+    shift: Tensor | None,
+    lse_tail: Tensor | None,
+    gradient: RowGradient,
+    o: Objective,
+    dtype: torch.dtype,
+) -> Tensor:
+    """∂loss/∂logits [c, V] in the logits' place: exp(z − lse_tail)(α + β z), and the complete values at S.
 
-    ``chunk`` holds exp(z − shift), or (z − shift) · log2(e) when there is a β. Kept ids may hold anything.
-    Without α (or a tail that was measured) there is no dense part.
+    Args:
+        buffer: [c, ≥ V + 1], holding exp(z − shift), or (z − shift) · log2(e) where ``o.keeps_exponents``.
+        columns: V.
+        columns_K: [c, K] where the kept ids are.
+        shift: [c] in units of z.
+        lse_tail: [c] the tail's logsumexp; without it, or without α, there is no dense part.
+        gradient: of the logits; the soft-cap's slope is already in its complete values, and applied to the rest here.
+        o: the objective.
+        dtype: of the result.
     """
+    chunk = buffer[:, :columns]
     if gradient.alpha is None or shift is None or lse_tail is None:
         chunk.zero_()
-        return
-    rescale = torch.exp(shift - lse_tail)
-    alpha = gradient.alpha * rescale
-    if gradient.beta is None:
+    else:
+        _write_tail(chunk, shift, torch.exp(shift - lse_tail), gradient.alpha, gradient.beta, o)
+    buffer.scatter_(1, columns_K, gradient.complete_K)
+    return chunk.to(dtype)
+
+
+def _write_tail(
+    chunk: Tensor, shift: Tensor, rescale: Tensor, alpha: Tensor, beta: Tensor | None, o: Objective
+) -> None:
+    alpha = alpha * rescale
+    if not o.keeps_exponents:
         chunk.mul_(alpha[:, None])
         return
-    beta = gradient.beta * rescale
-    alpha = alpha + beta * shift
-    beta = beta / _LOG2_E
+    if beta is not None:
+        beta = beta * rescale
+        alpha, beta = alpha + beta * shift, beta / _LOG2_E
     parts = blocks(len(chunk), chunk.shape[1], chunk.element_size(), chunk.device)
-    scratch = chunk.new_empty((parts[0].stop, chunk.shape[1])) if parts else chunk
+    scratch = chunk.new_empty((2 if o.softcap is not None else 1, parts[0].stop, chunk.shape[1])) if parts else chunk
     for rows in parts:
         block = chunk[rows]
-        factor = torch.addcmul(alpha[rows, None], block, beta[rows, None], out=scratch[: len(block)])
+        factor = scratch[0, : len(block)]
+        if beta is None:
+            factor.copy_(alpha[rows, None].expand_as(factor))
+        else:
+            torch.addcmul(alpha[rows, None], block, beta[rows, None], out=factor)
+        if o.softcap is not None:
+            # z · T / c is the tanh; its slope 1 − tanh². Poisoned ids lie far outside of [−1, 1].
+            tanh, scale = scratch[1, : len(block)], o.temperature / o.softcap
+            torch.add(shift[rows, None] * scale, block, alpha=scale / _LOG2_E, out=tanh).clamp_(-1.0, 1.0)
+            factor.addcmul_(factor, tanh.square_(), value=-1.0)
         block.exp2_().mul_(factor)

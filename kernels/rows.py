@@ -86,6 +86,7 @@ class Objective:
     jsd_beta: float = 0.5
     temperature: float = 1.0
     stats: bool = True
+    softcap: float | None = None  # of the head: logit → c · tanh(logit / c)
 
     @property
     def needs_tail(self) -> bool:
@@ -101,6 +102,11 @@ class Objective:
     def linear_term(self) -> bool:
         """Whether the dense gradient has a term in z (β ≠ 0): the log-floor of reverse "zero"."""
         return self.outside == "zero" and self.kl in ("reverse", "mixed")
+
+    @property
+    def keeps_exponents(self) -> bool:
+        """Whether writing dlogits needs z itself, not only exp(z)."""
+        return self.linear_term or self.softcap is not None
 
     @property
     def dense_gradient(self) -> bool:
@@ -161,7 +167,7 @@ def chunks(rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def columns_of(ids: Tensor, start: int, size: int, keep: Tensor | None) -> Tensor:
+def columns_of(ids: Tensor, start: int, size: int, keep: Tensor | None = None) -> Tensor:
     """Buffer columns [c, K] int64 of global ids; ``size`` (the trash column) for those not held or not kept."""
     columns = ids.long()
     if start:

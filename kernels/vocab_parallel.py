@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from fastkd._kernels.rows import LOG_ZERO, Tail
 
@@ -30,30 +31,32 @@ class Pending:
 
 
 class Shards:
-    """The ranks that share one vocabulary; ``group`` None means that this process holds all of it."""
+    """The ranks that share one vocabulary; ``name`` (of the process group) None: this process holds all of it."""
 
-    def __init__(self, group=None):
-        self.group = group
-        self.size = dist.get_world_size(group) if group is not None else 1
-        self.rank = dist.get_rank(group) if group is not None else 0
+    def __init__(self, name: str | None = None):
+        # By name, as compiled programs and the functional collectives of torch know their groups.
+        self.group = None if name is None else _resolve_process_group(name)  # type: ignore[arg-type]
+        self.size = 1 if self.group is None else dist.get_world_size(self.group)
+        self.rank = 0 if self.group is None else dist.get_rank(self.group)
 
     @property
     def parallel(self) -> bool:
         """Whether other ranks hold other ids."""
         return self.size > 1
 
-    def vocabulary(self, start: int, rows: int) -> int:
-        """One past the highest id that any rank holds."""
-        device = "cpu" if dist.get_backend(self.group) == "gloo" else torch.accelerator.current_accelerator()
-        end = torch.tensor([start + rows], device=device)
-        dist.all_reduce(end, dist.ReduceOp.MAX, group=self.group)
-        return int(end)
-
     def gather(self, local_mc: Tensor) -> Tensor:
         """[R, m, c] of every rank's [m, c]."""
         gathered = local_mc.new_empty((self.size, *local_mc.shape))
         dist.all_gather(list(gathered.unbind(0)), local_mc.contiguous(), group=self.group)
         return gathered
+
+    def gather_blocks(self, rows: Tensor) -> Tensor:
+        """[R · n, …] of every rank's block of rows [n, …], in rank order."""
+        whole = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
+        dist.all_gather(
+            list(whole.chunk(self.size)) if len(rows) else [whole] * self.size, rows.contiguous(), group=self.group
+        )
+        return whole
 
     def sum(self, local_mc: Tensor) -> Tensor:
         """Sum over ranks, in rank order."""
@@ -97,3 +100,11 @@ def merge_tails(parts: Tail) -> Tail:
         # Empty parts weigh 0; if all are empty the mean is LOG_ZERO and its mass will be 0.
         mean = (torch.exp(parts.lse - lse) * parts.mean).sum(0).clamp(min=LOG_ZERO)
     return Tail(lse, parts.max.amax(0), mean, None if parts.lse_raw is None else parts.lse_raw.logsumexp(0))
+
+
+def last_id(group, end: int) -> int:
+    """One past the highest id that any rank of ``group`` holds, from this rank's ``end``; waits for all ranks."""
+    device = "cpu" if dist.get_backend(group) == "gloo" else torch.accelerator.current_accelerator()
+    highest = torch.tensor([end], device=device)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    return int(highest)

@@ -11,11 +11,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The house, bottom up. A package (config, checks) is one room. docs/architecture.md explains the rooms.
 FLOORS = [
-    "errors files log profiling sampling attention plot _kernels.reference _kernels.rows _kernels.row_topk",
-    "config batch _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.vocab_parallel",
+    "errors files log profiling sampling attention plot _kernels.reference _kernels.rows _kernels.row_topk"
+    " _kernels.tuning",
+    "config batch _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"
+    " _kernels.triton_topk",
     "recipe metrics packing optim data models checkpoint pools evaluate _kernels.problem _kernels.linear_topk",
-    "checks driver _kernels.heads",
-    "describe _kernels.linear_kl",
+    "checks driver _kernels.row_finish _kernels.triton_math _kernels.triton_stats",
+    "describe _kernels.triton_finish",
+    "_kernels.row_passes",
+    "_kernels.heads",
+    "_kernels.linear_kl",
+    "_kernels.ops",
     "report kernels",
     "losses rollout",
     "teacher student",
