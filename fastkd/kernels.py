@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastkd._kernels import ops
 from fastkd._kernels.problem import field_names
-from fastkd._kernels.rows import Objective, TopK, TopKLoss, default_chunk_bytes
+from fastkd._kernels.rows import Objective, TopK, TopKLoss, default_chunk_bytes, on_host
 from fastkd._kernels.vocab_parallel import last_id
 
 __all__ = ["TopK", "TopKLoss", "topk_kl", "topk_kl_from_logits", "vocab_topk"]
@@ -141,7 +141,8 @@ def topk_kl(
         sequence_parallel: ``hidden`` [N / R, D] is this rank's block of the rows instead (R equal blocks, in rank
             order), and so is its gradient. All else is for all N rows.
         memory: "fast" three GEMM passes; "low" four, without a float32 copy of the weight's gradient.
-        chunk_bytes: memory for logits and scratch. Default: 160 MiB on the CPU, 1 GiB elsewhere.
+        chunk_bytes: memory for logits and scratch (of an even share of the vocabulary, with a group). Default: 160 MiB
+            on the CPU; elsewhere 1 GiB, and 200 MiB for "low".
         validate: check the values of ``teacher``, ``active`` and ``labels``. Default: only on the CPU, because it
             waits for the device.
 
@@ -229,8 +230,8 @@ def _divergence(
     values = ops.topk_kl(
         inputs, weight, bias, *teacher, None if token_weights is None else token_weights.detach(), active, labels,
         o.kl, o.outside, o.mixed_weight, o.jsd_beta, o.temperature, o.stats, o.softcap, valid, columns, vocab_start,
-        name, sequence_parallel, memory == "low", _chunk_bytes(chunk_bytes, device),
-        device.type == "cpu" if validate is None else bool(validate), *needs,
+        name, sequence_parallel, memory == "low", _chunk_bytes(chunk_bytes, device, memory),
+        on_host(device) if validate is None else bool(validate), *needs,
     )  # fmt: skip
     knows_mass = teacher.indices.shape[1] == valid or any(x is not None for x in teacher[2:])
     reported = field_names(o, knows_mass, labels is not None)
@@ -277,16 +278,21 @@ def _check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r}: must be positive and finite")
 
 
-def _chunk_bytes(chunk_bytes: int | None, device: torch.device) -> int:
+def _chunk_bytes(chunk_bytes: int | None, device: torch.device, memory: str = "fast") -> int:
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes={chunk_bytes!r}: must be positive; leave it out for the default")
-    return default_chunk_bytes(device, chunk_bytes)
+    return default_chunk_bytes(device, chunk_bytes, memory)
 
 
 def _check_matrix(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or value.dim() != 2:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} is {shape}: must be a 2-dimensional tensor; flatten batch and sequence first")
+    if hasattr(value, "to_local"):
+        raise ValueError(
+            f"{name} is a DTensor: give this rank's rows ({name}.to_local(), vocab_start and group), or call from the "
+            "forward of the module that FSDP gathers it for"
+        )
     if value.dtype not in _FLOATS:
         raise ValueError(f"{name} has dtype {value.dtype}: must be float32, bfloat16 or float64; cast it")
 

@@ -22,10 +22,12 @@ class HeadGemms:
     """The GEMMs of one head weight [V, D] with activations of the same dtype."""
 
     def __init__(self, weight: Tensor, scratch_bytes: int):
+        """``scratch_bytes``: for widened weight rows, where the device has no mixed GEMM."""
         self.weight = weight
         self.dtype = compute_dtype(weight.dtype)
         self.native = weight.dtype == self.dtype
         self.mixed = not self.native and weight.is_cuda
+        self.scratch_bytes = 0 if self.native or self.mixed else scratch_bytes
         row_bytes = max(1, weight.shape[1] * self.dtype.itemsize)
         self.slab_rows = max(1, scratch_bytes // row_bytes)
         self._whole: Tensor | None = None
@@ -52,8 +54,12 @@ class HeadGemms:
             accumulate = True
 
     def grad_weight(self, dz: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
-        """out[V, D] = dzᵀ x, or out += with ``accumulate``; ``out`` is in the compute dtype."""
-        if self.mixed:
+        """out[V, D] = dzᵀ x, or out += with ``accumulate``; ``out`` is in the compute dtype, or in the weight's dtype
+        where GEMMs are mixed and nothing is accumulated."""
+        if self.mixed and out.dtype == self.weight.dtype:
+            assert not accumulate
+            torch.mm(dz.t(), x, out=out)
+        elif self.mixed:
             torch.addmm(out, dz.t(), x, out_dtype=self.dtype, beta=int(accumulate), out=out)
         elif accumulate:
             torch.addmm(out, dz.t(), x, out=out)

@@ -46,10 +46,8 @@ class LinearHead:
         self.weight, self.bias = weight[: problem.columns], None if bias is None else bias[: problem.columns]
         self.rows, self.needs = problem.rows, needs
         self.dtype = compute_dtype(weight.dtype)
-        # Widened weight rows (bfloat16 without a mixed GEMM) live in a part of the chunk's budget.
-        widen = weight.dtype != self.dtype and not weight.is_cuda
-        self.scratch_bytes = problem.chunk_bytes // 4 if widen else 0
-        self.gemms = HeadGemms(self.weight, self.scratch_bytes)
+        self.gemms = HeadGemms(self.weight, problem.chunk_bytes // 4)
+        self.scratch_bytes = self.gemms.scratch_bytes
         self.gradient_dtype = weight.dtype if self.gemms.mixed else self.dtype  # of dlogits
         narrowed = self.gemms.mixed and not self.passes.narrows_in_place
         self.bytes_per_logit = self.dtype.itemsize + (weight.element_size() if narrowed else 0)
@@ -60,13 +58,17 @@ class LinearHead:
         if needs.bias:
             assert bias is not None
             self.grad_bias = bias.new_zeros(bias.shape, dtype=self.dtype)
-        if needs.weight:
-            # The slab loop writes each weight row once, so it needs no wide accumulator.
-            dtype = weight.dtype if problem.by_slabs else self.dtype
-            self.grad_weight = weight.new_empty(weight.shape, dtype=dtype)
-            self.grad_weight[problem.columns :].zero_()  # padding ids
-        self.accumulate = False
+        self.whole_weight, self.accumulate = weight, False
         self.pending: tuple[slice, Tensor, Pending] | None = None
+
+    def start(self, chunks: int) -> None:
+        """Make room for dW, which ``chunks`` calls of ``drain`` will add up (0: it is written slab by slab)."""
+        if self.needs.weight:
+            # Only a sum over chunks needs a wide accumulator, or a device whose GEMMs do not round.
+            wide = chunks > 1 or (chunks == 1 and not self.gemms.mixed)
+            dtype = self.dtype if wide else self.whole_weight.dtype
+            self.grad_weight = self.whole_weight.new_empty(self.whole_weight.shape, dtype=dtype)
+            self.grad_weight[len(self.weight) :].zero_()  # padding ids
 
     def activations(self, part: slice) -> Tensor:
         """Hidden states [c, D] of a chunk, as the GEMMs want them."""
@@ -147,6 +149,9 @@ class GivenLogits:
         self.passes = row_passes(logits.device, self.dtype)
         self.scratch_bytes, self.bytes_per_logit = 0, self.dtype.itemsize
         self.grad = logits.new_zeros(logits.shape) if needs.inputs else None
+
+    def start(self, chunks: int) -> None:
+        """Nothing to prepare."""
 
     def fill(self, part: slice, out: Tensor) -> None:
         """Copy a chunk; −inf (masked ids) becomes the finite LOG_ZERO."""

@@ -62,12 +62,11 @@ def _local_topk(
     result = TopK(
         make((n, k), dtype=torch.int32), make((n, k), dtype=dtype), make(n, dtype=dtype), make(n, dtype=dtype)
     )
-    scratch = chunk_bytes // 4 if weight.dtype != dtype and not weight.is_cuda else 0
-    gemms = HeadGemms(weight, scratch)
+    gemms = HeadGemms(weight, chunk_bytes // 4)
     leading = leading_dimension(padded_columns(columns, k))
     by_triton = use_triton(hidden.device, dtype)
     buffer = None
-    for part in chunks(n, leading * dtype.itemsize, chunk_bytes - scratch):
+    for part in chunks(n, leading * dtype.itemsize, chunk_bytes - gemms.scratch_bytes):
         c = part.stop - part.start
         if buffer is None:
             buffer = make((c, leading), dtype=dtype)

@@ -23,7 +23,7 @@ from fastkd._kernels.heads import Needs
 from fastkd._kernels.linear_kl import solve
 from fastkd._kernels.linear_topk import linear_topk
 from fastkd._kernels.problem import Problem, field_names, new_field
-from fastkd._kernels.rows import Objective, TopK, TopKLoss, compute_dtype
+from fastkd._kernels.rows import Objective, TopK, TopKLoss, compute_dtype, on_host
 from fastkd._kernels.tuning import use_triton
 from fastkd._kernels.values import check_active, check_rows, drop_zeros, warn_about_logsumexp
 from fastkd._kernels.vocab_parallel import Shards
@@ -151,7 +151,7 @@ topk_kl.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("fastkd::scale_gradients_", mutates_args={"gradients"})
 def scale_gradients_(gradients: list[Tensor], factor: Tensor) -> None:
     """gradients *= factor, in place. The usual factor 1 costs nothing: a pass over dW is a hundredth of a step."""
-    if factor.device.type == "cpu":
+    if on_host(factor.device):
         if factor.item() == 1.0:
             return
     elif use_triton(factor.device, torch.float32):
@@ -238,7 +238,7 @@ def _problem(
     """Select the rows that count, check values where that was asked for, drop weight 0 where it is seen for free."""
     rows = None
     if active is not None:
-        if validate or active.device.type == "cpu":
+        if validate or on_host(active.device):
             check_active(active, tokens)
         rows = active.to(device, non_blocking=True)
     count = tokens if rows is None else len(rows)
@@ -254,7 +254,7 @@ def _problem(
     if token_weights is not None:
         weights = of_rows(token_weights.detach()).to(dtype)
     labels = None if labels is None else of_rows(labels)
-    if device.type == "cpu":
+    if on_host(device):
         rows, teacher, by_token, weights, labels = drop_zeros(rows, teacher, by_token, weights, labels)
     may_ignore = True
     if validate:
@@ -266,7 +266,7 @@ def _problem(
         weights=weights,
         labels=labels,
         objective=objective,
-        whole_vocabulary=kept == valid,
+        valid=valid,
         may_ignore=may_ignore,
         **rest,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastkd._kernels.rows import Objective, TopK, TopKLoss
+from fastkd._kernels.rows import Objective, TopK, TopKLoss, on_host
 from fastkd._kernels.vocab_parallel import Shards
 
 
@@ -30,12 +30,25 @@ class Problem:
     objective: Objective
     vocab_start: int
     columns: int  # valid ids held here
-    whole_vocabulary: bool  # K is the valid vocabulary
+    valid: int  # valid ids of all ranks
     may_ignore: bool  # some teacher logit may be −inf
     chunk_bytes: int
     low: bool
     sequence_parallel: bool  # hidden holds this rank's block of the rows
     shards: Shards
+
+    @property
+    def whole_vocabulary(self) -> bool:
+        """Whether K is the valid vocabulary, so that nothing is outside S."""
+        return self.teacher.indices.shape[1] == self.valid
+
+    @property
+    def even_columns(self) -> int:
+        """An even share of the valid ids: what a row is counted with, so that all ranks cut the same chunks.
+
+        Every chunk is an exchange between the ranks; asking for the widest shard would wait for the device.
+        """
+        return -(-self.valid // self.shards.size)
 
     def teacher_at(self, part: slice) -> TopK:
         """Teacher rows of a chunk."""
@@ -56,7 +69,7 @@ class Problem:
     @property
     def kept_columns_only(self) -> bool:
         """Whether only the ids that occur are projected. Finding them waits for an accelerator, so only on the CPU."""
-        return not self.objective.needs_tail and self.weights.device.type == "cpu"
+        return not self.objective.needs_tail and on_host(self.weights.device)
 
     @property
     def wants_labels(self) -> bool:

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastkd._kernels.rows import LOG_ZERO, LOG_ZERO_BOUND, Objective, RowGradient, Tail, columns_of
+from fastkd._kernels.rows import LOG_ZERO, LOG_ZERO_BOUND, Objective, RowGradient, Tail, columns_of, on_host
 
 # Bytes of a block of rows: with its scratch it should stay in the second-level caches of a few cores.
 _BLOCK_BYTES = 1 << 21
@@ -25,7 +25,7 @@ _LOG2_E = 1.0 / math.log(2.0)
 
 def blocks(rows: int, columns: int, itemsize: int, device: torch.device) -> list[slice]:
     """Slices of rows that fit a core's cache; one slice on accelerators, where launches cost more than memory."""
-    step = max(1, _BLOCK_BYTES // max(1, columns * itemsize)) if device.type == "cpu" else max(1, rows)
+    step = max(1, _BLOCK_BYTES // max(1, columns * itemsize)) if on_host(device) else max(1, rows)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -158,7 +158,7 @@ def write_dlogits(
         chunk.zero_()
     else:
         _write_tail(chunk, shift, torch.exp(shift - lse_tail), gradient.alpha, gradient.beta, o)
-    buffer.scatter_(1, columns_K, gradient.complete_K)
+    buffer.scatter_(1, columns_K, gradient.complete_K.to(buffer.dtype))
     return chunk.to(dtype)
 
 

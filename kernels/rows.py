@@ -24,7 +24,7 @@ LOG_ZERO = -1e30
 LOG_ZERO_BOUND = -1e24
 
 # On the CPU: 256 rows of 150,000 logits; below about 190 rows the dX GEMM runs at two thirds of its rate.
-DEFAULT_CHUNK_BYTES = {"cpu": 160 << 20, "other": 1 << 30}
+DEFAULT_CHUNK_BYTES = {"cpu": 160 << 20, "other": 1 << 30, "low": 200 << 20}
 # Rows of the buffer start on a cache line (16 float32), and the trash column has its place in the padding.
 _ALIGN = 16
 
@@ -137,6 +137,11 @@ class RowGradient(NamedTuple):
     beta: Tensor | None
     complete_K: Tensor
 
+    def rows(self, part: slice) -> RowGradient:
+        """The same for some of the rows."""
+        alpha, beta = (None if x is None else x[part] for x in self[:2])
+        return RowGradient(alpha, beta, self.complete_K[part])
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays (gradient checks); everything else is computed in float32, bfloat16 logits included."""
@@ -148,11 +153,18 @@ def leading_dimension(columns: int) -> int:
     return (columns + 1 + _ALIGN - 1) // _ALIGN * _ALIGN
 
 
-def default_chunk_bytes(device: torch.device, chunk_bytes: int | None) -> int:
-    """``chunk_bytes``, or the default of the device: 160 MiB on the CPU, 1 GiB on accelerators."""
+def on_host(device: torch.device) -> bool:
+    """Whether values can be looked at for free, and passes are better cut to fit a core's cache."""
+    return device.type == "cpu"
+
+
+def default_chunk_bytes(device: torch.device, chunk_bytes: int | None, memory: str = "fast") -> int:
+    """``chunk_bytes``, or the default of the device: 160 MiB on the CPU; 1 GiB elsewhere, 200 MiB for "low"."""
     if chunk_bytes is not None:
         return chunk_bytes
-    return DEFAULT_CHUNK_BYTES["cpu" if device.type == "cpu" else "other"]
+    if on_host(device):
+        return DEFAULT_CHUNK_BYTES["cpu"]
+    return DEFAULT_CHUNK_BYTES["low" if memory == "low" else "other"]
 
 
 def chunks(rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:

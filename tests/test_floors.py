@@ -14,12 +14,13 @@ FLOORS = [
     "errors files log profiling sampling attention plot _kernels.reference _kernels.rows _kernels.row_topk"
     " _kernels.tuning",
     "config batch _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"
-    " _kernels.triton_topk",
+    " _kernels.triton_sum _kernels.triton_topk",
     "recipe metrics packing optim data models checkpoint pools evaluate _kernels.problem _kernels.linear_topk",
     "checks driver _kernels.row_finish _kernels.triton_math _kernels.triton_stats",
     "describe _kernels.triton_finish",
     "_kernels.row_passes",
     "_kernels.heads",
+    "_kernels.linear_kl_low",
     "_kernels.linear_kl",
     "_kernels.ops",
     "report kernels",
@@ -51,8 +52,9 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.removeprefix("fastkd.") for alias in node.names if alias.name.startswith("fastkd.")}
-        elif isinstance(node, ast.ImportFrom) and node.module == "fastkd":
-            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module in ("fastkd", "fastkd._kernels"):
+            prefix = node.module.removeprefix("fastkd").removeprefix(".")
+            found |= {f"{prefix}.{alias.name}".removeprefix(".") for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastkd."):
             found.add(node.module.removeprefix("fastkd."))
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd._kernels import linear_kl
+from fastkd._kernels import gemm, linear_kl
 from fastkd.kernels import TopK, topk_kl, topk_kl_from_logits, vocab_topk
 
 
@@ -127,13 +127,13 @@ def test_stats_false_leaves_out_what_costs_a_pass():
 
 def test_only_the_kept_columns_are_projected_when_only_they_matter(monkeypatch):
     widths = []
-    original = linear_kl.HeadGemms.__init__
+    original = gemm.HeadGemms.__init__
 
     def init(self, weight, scratch):
         widths.append(weight.shape[0])
         original(self, weight, scratch)
 
-    monkeypatch.setattr(linear_kl.HeadGemms, "__init__", init)
+    monkeypatch.setattr(gemm.HeadGemms, "__init__", init)
     run(outside="renormalize", stats=False)
     used = len(TEACHER.indices.unique())
     assert widths[0] == V  # the head itself, never run
@@ -143,13 +143,13 @@ def test_only_the_kept_columns_are_projected_when_only_they_matter(monkeypatch):
 def test_frozen_head_or_frozen_trunk_skips_its_gemm(monkeypatch):
     calls = []
     for name in ("logits", "grad_hidden", "grad_weight"):
-        original = getattr(linear_kl.HeadGemms, name)
+        original = getattr(gemm.HeadGemms, name)
 
         def counted(self, *args, name=name, original=original, **kwargs):
             calls.append(name)
             return original(self, *args, **kwargs)
 
-        monkeypatch.setattr(linear_kl.HeadGemms, name, counted)
+        monkeypatch.setattr(gemm.HeadGemms, name, counted)
     for need_x in (True, False):
         for need_w in (True, False):
             calls.clear()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastkd._kernels import reference, row_passes, tuning
+from fastkd._kernels import heads, linear_kl_low, reference, row_passes, tuning
+from fastkd._kernels.gemm import HeadGemms
 from fastkd.kernels import TopK, topk_kl, topk_kl_from_logits, vocab_topk
 
 VARIANTS = [
@@ -162,4 +163,71 @@ def test_the_factor_one_leaves_gradients_alone():
     assert torch.equal(scaled, values)
     scale_unless_one(scaled, torch.tensor(-2.5))
     torch.testing.assert_close(scaled, -2.5 * values)
+    compare(*case(), kl="forward", outside="bucket", temperature=1.5)
+
+
+class EmulatedGemms(HeadGemms):
+    """The mixed GEMMs of CUDA on the CPU: bfloat16 operands, products and sums in float32."""
+
+    def __init__(self, weight, scratch_bytes):
+        super().__init__(weight, scratch_bytes)
+        self.mixed, self.scratch_bytes = not self.native, 0
+
+    def logits(self, x, out):
+        torch.mm(x.float(), self.weight.float().t(), out=out)
+
+    def grad_hidden(self, dz, out, accumulate=False):
+        assert dz.dtype == self.weight.dtype
+        torch.addmm(out, dz.float(), self.weight.float(), beta=int(accumulate), out=out)
+
+    def grad_weight(self, dz, x, out, accumulate):
+        product = dz.float().t() @ x.float()
+        out.copy_(out + product if accumulate else product)
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("with_active", [False, True])
+def test_bfloat16_as_on_cuda(memory, with_active, monkeypatch):
+    """Dlogits narrowed in the logits' place, and for "low" blocks of rows and dX summed in 24 bits."""
+    for module in (heads, linear_kl_low):
+        monkeypatch.setattr(module, "HeadGemms", EmulatedGemms)
+    monkeypatch.setattr(linear_kl_low, "on_host", lambda device: False)
+    monkeypatch.setattr(linear_kl_low, "_BLOCK_ROWS", 2)
+    hidden, weight, teacher, weights = case(seed=70)
+    active = torch.tensor([0, 2, 3]) if with_active else None
+    x, w = (t.bfloat16().requires_grad_() for t in (hidden, weight))
+    options = dict(kl="mixed", temperature=1.5)
+    topk_kl(
+        x, w, teacher, token_weights=weights, active=active, memory=memory, chunk_bytes=4000, **options
+    ).loss.backward()
+    exact_x, exact_w = (t.detach().double().requires_grad_() for t in (x, w))
+    exact = reference.topk_kl(exact_x @ exact_w.T, *teacher, outside="bucket", **options).per_token * weights
+    (exact if active is None else exact[active]).sum().backward()
+    for gradient, wanted in ((x.grad, exact_x.grad), (w.grad, exact_w.grad)):
+        assert gradient.dtype == torch.bfloat16
+        # The interpreter cuts float32 to bfloat16 where a GPU rounds.
+        assert (gradient.double() - wanted).norm() <= 1e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_float32_in_blocks_of_rows(memory, monkeypatch):
+    monkeypatch.setattr(linear_kl_low, "on_host", lambda device: False)
+    monkeypatch.setattr(linear_kl_low, "_BLOCK_ROWS", 2)
+    compare(*case(seed=80), kl="reverse", outside="zero", temperature=1.5, memory=memory, chunk_bytes=4000)
+    compare(*case(seed=81), kl="jsd", outside="renormalize", stats=False, temperature=1.5, memory=memory)
+
+
+def test_a_sum_in_24_bits():
+    from fastkd._kernels.triton_sum import Sum24
+
+    parts = [100.0 * normal(7, 33, seed=seed) for seed in range(30)]
+    total = Sum24(torch.empty(7, 33, dtype=torch.bfloat16))
+    for number, part in enumerate(parts):
+        for rows in (slice(0, 3), slice(3, 7)):
+            total.add(rows, part[rows].contiguous(), first=number == 0)
+    found = torch.cat(
+        [total.read(rows, torch.empty(rows.stop - rows.start, 33)) for rows in (slice(0, 3), slice(3, 7))]
+    )
+    exact = torch.stack(parts).double().sum(0)
+    assert (found.double() - exact).norm() <= 30**0.5 * 2**-17 * exact.norm()
     compare(*case(), kl="forward", outside="bucket", temperature=1.5)
