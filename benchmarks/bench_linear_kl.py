@@ -1,31 +1,34 @@
-"""topk_kl forward and backward against the bare GEMMs on the same tensors, and against materialised logits.
+"""topk_kl forward and backward against the bare GEMMs on the same tensors, and against every other provider.
 
 100 % are three GEMMs (logits, dX, dW) that allocate dX and dW as any training step does, whole or in row chunks as
-large as ours, whichever is faster. The materialised way is what RL libraries do: full logits, log_softmax, gather,
-autograd.
+large as ours, whichever is faster. ``linear_kl_table`` is also what gpu_report.py calls.
+
+Letters: N tokens, D hidden, V vocabulary, K kept.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastkd._kernels import reference
+from benchmarks.measure import Bench, Skipped, Timing, Work, reason
+from benchmarks.providers import (
+    Case,
+    Provider,
+    Shape,
+    compiled,
+    fused,
+    gate,
+    make,
+    materialised,
+    packages,
+    step,
+    work_dtype,
+)
+from benchmarks.records import Row
 from fastkd._kernels.rows import default_chunk_bytes
-from fastkd.kernels import TopK, topk_kl, vocab_topk
-
-
-class Shape(NamedTuple):
-    """N tokens, D hidden, V vocabulary, K kept."""
-
-    n: int
-    d: int
-    v: int
-    k: int
-
+from fastkd.kernels import topk_kl
 
 CPU_SHAPES = {"large-vocabulary": Shape(512, 1024, 151_936, 512), "laptop": Shape(1800, 96, 400, 32)}
 CUDA_SHAPES = {
@@ -33,26 +36,24 @@ CUDA_SHAPES = {
     "narrow": Shape(65_536, 2048, 151_936, 512),
     "wide": Shape(16_384, 5120, 151_936, 512),
     "k64": Shape(16_384, 4096, 151_936, 64),
+    "shard": Shape(16_384, 4096, 18_992, 512),  # V/8: one rank's part of the reference
 }
 SHAPES = CUDA_SHAPES if torch.cuda.is_available() else CPU_SHAPES
+# The first shape meets every provider; the others our modes and one materialised way.
+FULL = ("reference", "large-vocabulary", "laptop")
 LOSSES = [
-    ("forward", "bucket"), ("forward", "zero"), ("forward", "renormalize"), ("reverse", "bucket"),
-    ("reverse", "zero"), ("reverse", "renormalize"), ("mixed", "bucket"), ("jsd", "bucket"),
+    ("forward", "bucket"), ("forward", "zero"), ("forward", "renormalize"), ("forward", "drop"),
+    ("reverse", "bucket"), ("reverse", "zero"), ("reverse", "renormalize"), ("reverse", "drop"),
+    ("mixed", "bucket"), ("jsd", "bucket"),
 ]  # fmt: skip
+# Seconds that the rounds of one table may take.
+LIMIT = {"cuda": 25.0, "cpu": 330.0}
 
 
-def make(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, TopK]:
-    """A student, and a teacher that is a noisy copy of it, so that the kept ids are the likely ones."""
-    torch.manual_seed(0)
-    hidden = torch.randn(shape.n, shape.d, device=device, dtype=dtype)
-    weight = (2.0 / shape.d**0.5) * torch.randn(shape.v, shape.d, device=device, dtype=dtype)
-    teacher = vocab_topk(hidden + 0.3 * torch.randn_like(hidden), weight, shape.k)
-    return hidden.requires_grad_(), weight.requires_grad_(), teacher
-
-
-def step(loss: Tensor, *leaves: Tensor) -> None:
-    """Backward, and drop the gradients."""
-    torch.autograd.grad(loss, leaves)
+def chunk_rows(shape: Shape, device: torch.device) -> int:
+    """Rows of a chunk of float32 logits: even chunks, as the kernel makes them."""
+    rows = max(1, min(shape.n, default_chunk_bytes(device, None) // (shape.v * 4)))
+    return -(-shape.n // -(-shape.n // rows))
 
 
 def bare_gemms(hidden: Tensor, weight: Tensor, rows: int) -> None:
@@ -76,81 +77,153 @@ def bare_gemms(hidden: Tensor, weight: Tensor, rows: int) -> None:
             torch.addmm(dw, chunk.T, x[part], out_dtype=wide, beta=int(start > 0), out=dw)
 
 
-def materialised(hidden: Tensor, weight: Tensor, teacher: TopK, kl: str) -> Tensor:
-    """Renormalised top-K KL from full logits, one autograd operation after another."""
-    logits = (hidden @ weight.T).float()
-    log_q = torch.log_softmax(logits, -1).gather(1, teacher.indices.long())
-    log_q = log_q - log_q.logsumexp(1, keepdim=True)
-    log_p = torch.log_softmax(teacher.logits.float(), 1)
-    difference = log_p - log_q if kl == "forward" else log_q - log_p
-    return ((log_p if kl == "forward" else log_q).exp() * difference).sum() / len(hidden)
+def baselines(bench: Bench, case: Case) -> tuple[dict[str, Work], dict[str, str]]:
+    """Bare GEMMs whole (where they fit) and in our chunks; and those left out, with the reason."""
+    shape, rows = case.shape, chunk_rows(case.shape, bench.device)
+    work: dict[str, Work] = {}
+    skipped = {}
+    size = case.hidden.element_size()
+    if rows < shape.n:
+        work[f"bare GEMMs, {rows:,} rows"] = lambda: bare_gemms(*case.leaves, rows)
+    lack = bench.lacks(shape.n * shape.v * size + 2 * case.gradient_bytes)
+    if lack:
+        skipped["bare GEMMs, whole"] = lack
+    else:
+        work["bare GEMMs, whole"] = lambda: bare_gemms(*case.leaves, shape.n)
+    return work, skipped
 
 
-def check(device: torch.device, dtype: torch.dtype) -> None:
-    """Values and gradients of every timed loss against the float64 oracle."""
-    hidden, weight, teacher = make(Shape(64, 64, 1000, 32), device, dtype)
-    for kl, outside in LOSSES:
-        x, w = hidden.detach().cpu().double().requires_grad_(), weight.detach().cpu().double().requires_grad_()
-        rows = TopK(*(None if field is None else field.cpu() for field in teacher))
-        expected = reference.topk_kl(x @ w.T, *rows, kl=kl, outside=outside).per_token.sum()
-        wanted = torch.autograd.grad(expected, (x, w))
-        loss = topk_kl(hidden, weight, teacher, kl=kl, outside=outside).loss
-        got = torch.autograd.grad(loss, (hidden, weight))
-        torch.testing.assert_close(loss.detach().cpu().double(), expected.detach(), rtol=1e-4, atol=1e-5)
-        for a, b in zip(got, wanted, strict=True):
-            error = (a.cpu().double() - b).norm() / b.norm()
-            assert error < (5e-3 if dtype == torch.bfloat16 else 1e-4), f"{kl}/{outside}: {error:.1e}"
-    plain = topk_kl(hidden, weight, teacher, outside="renormalize", token_weights=_even(hidden)).loss
-    torch.testing.assert_close(
-        plain.detach(), materialised(hidden.float(), weight.float(), teacher, "forward").detach(), rtol=1e-3, atol=1e-4
+def half_of_the_tokens(case: Case) -> dict[str, Work]:
+    """``topk_kl`` on every second token, and the bare GEMMs of as many rows: every other token is masked."""
+    active = torch.arange(0, case.shape.n, 2, device=case.hidden.device)
+    few = case.hidden.detach()[active].requires_grad_()
+    rows = min(chunk_rows(case.shape, case.hidden.device), len(active))
+    return {
+        "half of the tokens masked: bare GEMMs": lambda: bare_gemms(few, case.weight, rows),
+        "half of the tokens masked: topk_kl forward/bucket": lambda: step(
+            topk_kl(*case.leaves, case.teacher, active=active, token_weights=case.even).loss, case
+        ),
+    }
+
+
+def contenders(device: torch.device, full: bool) -> list[Provider]:
+    """Who runs on a shape."""
+    ours = [fused(kl, outside) for kl, outside in (LOSSES if full else (*LOSSES[:3], LOSSES[4]))]
+    ours += [fused("forward", "bucket", memory="low")]
+    if not full:
+        return [*ours, materialised()[0]]
+    ours += [fused("forward", "bucket", stats=False), fused("forward", "renormalize", stats=False)]
+    return [*ours, *materialised(), *compiled(), *packages(device)]
+
+
+def linear_kl_table(bench: Bench, name: str, shape: Shape, *, full: bool = True, limit: float | None = None) -> None:
+    """Check, time, print and store ``linear_kl_<name>``."""
+    providers = contenders(bench.device, full)
+    errors = gate(bench, providers)
+    dtype = work_dtype(bench.device)
+    case = make(shape, bench.device, dtype)
+    work, skipped = baselines(bench, case)
+    for one in providers:
+        error = errors[one.name]
+        if isinstance(error, Skipped):
+            skipped[one.name] = error.reason
+            continue
+        if one.bytes_per_logit and (lack := bench.lacks(int(one.bytes_per_logit * shape.n * shape.v))):
+            skipped[one.name] = lack
+            continue
+        try:
+            loss = one.prepare(case) if one.prepare else one.loss
+        except Exception as problem:
+            skipped[one.name] = reason(problem)
+            continue
+        work[one.name] = lambda loss=loss: step(loss(case), case)
+    work |= half_of_the_tokens(case)
+    # On a CPU a call takes seconds: the one for the memory is warm-up enough.
+    warm = bench.device.type == "cuda"
+    timings = bench.race(work, limit=LIMIT[bench.device.type] if limit is None else limit, warm=warm)
+    ours = {one.name for one in providers if one.ours}
+    rows = rows_of(timings, "bare GEMMs, ", case.gradient_bytes)
+    for row in rows:
+        error = errors.get(row["provider"])
+        if isinstance(error, float):
+            row["gradient error"] = error
+        if row["provider"] in ours and row.get("note"):
+            bench.failures.append(f"{row['provider']}: {row['note']}")
+    rows += [{"provider": key, "note": f"skipped: {why}"} for key, why in skipped.items()]
+    kind = str(dtype).removeprefix("torch.")
+    bench.report(
+        f"linear_kl_{name}",
+        f"topk_kl forward + backward, {shape}, {kind}",
+        rows,
+        rounds=max((len(t.seconds) for t in timings.values() if isinstance(t, Timing)), default=0),
+        shape=shape._asdict(),
     )
 
 
-def _even(hidden: Tensor) -> Tensor:
-    return torch.full((len(hidden),), 1.0 / len(hidden), device=hidden.device)
+def rows_of(timings: dict[str, Timing | Skipped], baseline: str, held: int) -> list[Row]:
+    """Table rows: times, speed against the fastest named ``baseline``…, memory beyond ``held`` bytes."""
+    found = [t.median for name, t in timings.items() if name.startswith(baseline) and isinstance(t, Timing)]
+    rows: list[Row] = []
+    for name, timing in timings.items():
+        if isinstance(timing, Skipped):
+            rows.append({"provider": name, "note": f"skipped: {timing.reason}"})
+            continue
+        row: Row = {"provider": name, **timing.cells()}
+        if found:
+            row["% of bare GEMM speed"] = 100.0 * min(found) / timing.median
+        if timing.extra_bytes is not None:
+            row["extra MB"] = max(0, timing.extra_bytes - held) / 1e6
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------- memory alone
+
+MEMORY_SHAPES = {"cuda": CUDA_SHAPES["reference"], "cpu": Shape(4096, 256, 65_536, 64)}
+
+
+def memory_table(bench: Bench, shape: Shape) -> None:
+    """Peak memory beyond X, W, dX and dW, of one call each, and how many times less it is than materialised logits."""
+    dtype = work_dtype(bench.device)
+    case = make(shape, bench.device, dtype)
+    providers = [
+        fused("forward", "bucket"),
+        fused("reverse", "zero"),
+        fused("jsd", "bucket"),
+        fused("forward", "bucket", memory="low"),
+        fused("forward", "renormalize", stats=False),
+        *materialised(),
+    ]
+    small = make(shape._replace(n=min(shape.n, 64)), bench.device, dtype)
+    extra: dict[str, int] = {}
+    rows: list[Row] = []
+    for one in providers:
+        if one.bytes_per_logit and (lack := bench.lacks(int(one.bytes_per_logit * shape.n * shape.v))):
+            rows.append({"provider": one.name, "note": f"skipped: {lack}"})
+            continue
+        step(one.loss(small), small)  # what a first call loads is no part of the loss
+        timing = bench.race({one.name: lambda one=one: step(one.loss(case), case)}, rounds=0, warm=False)[one.name]
+        if isinstance(timing, Skipped) or timing.extra_bytes is None:
+            why = timing.reason if isinstance(timing, Skipped) else "peak memory cannot be read here"
+            rows.append({"provider": one.name, "note": f"skipped: {why}"})
+            continue
+        extra[one.name] = max(0, timing.extra_bytes - case.gradient_bytes)
+    theirs = [value for name, value in extra.items() if name.startswith("materialised")]
+    for name, value in extra.items():
+        row: Row = {"provider": name, "extra MB": value / 1e6}
+        if theirs and not name.startswith("materialised"):
+            row["× less than the least materialised"] = min(theirs) / max(value, 1)
+        rows.append(row)
+    kind = str(dtype).removeprefix("torch.")
+    bench.report(
+        "memory", f"Peak memory beyond X, W, dX and dW, {shape}, {kind}", rows, shape=shape._asdict(), rounds=1
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_linear_kl(bench, name):
-    shape = SHAPES[name]
-    dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
-    check(bench.device, dtype)
-    hidden, weight, teacher = make(shape, bench.device, dtype)
-    even, budget = _even(hidden), default_chunk_bytes(bench.device, None)
-    half = even * (torch.arange(shape.n, device=hidden.device) % 2)
-    rows = max(1, min(shape.n, budget // (shape.v * 4)))
-    rows = -(-shape.n // -(-shape.n // rows))  # even chunks, as the kernel makes them
+    linear_kl_table(bench, name, SHAPES[name], full=name in FULL)
 
-    def fused(**options):
-        options = {"token_weights": even, **options}
-        return lambda: step(topk_kl(hidden, weight, teacher, **options).loss, hidden, weight)
 
-    competitors = {"bare GEMMs, whole": lambda: bare_gemms(hidden, weight, shape.n)}
-    if rows < shape.n:
-        competitors[f"bare GEMMs, {rows} rows"] = lambda: bare_gemms(hidden, weight, rows)
-    for kl, outside in LOSSES:
-        competitors[f"topk_kl {kl}/{outside}"] = fused(kl=kl, outside=outside)
-    competitors["topk_kl forward/bucket, stats=False"] = fused(stats=False)
-    competitors["topk_kl forward/renormalize, stats=False"] = fused(outside="renormalize", stats=False)
-    competitors["topk_kl forward/bucket, half the tokens"] = fused(token_weights=half)
-    competitors["topk_kl forward/bucket, memory=low"] = fused(memory="low")
-    for kl in ("forward", "reverse"):
-        competitors[f"materialised {kl}/renormalize"] = lambda kl=kl: step(
-            materialised(hidden, weight, teacher, kl), hidden, weight
-        )
-    seconds = bench.time(competitors)
-    best = min(value for key, value in seconds.items() if key.startswith("bare"))
-    gradients = hidden.numel() * hidden.element_size() + weight.numel() * weight.element_size()
-    bench.report(
-        f"linear_kl_{name}",
-        f"topk_kl forward + backward, N={shape.n} D={shape.d} V={shape.v} K={shape.k} {dtype}".replace("torch.", ""),
-        [
-            {
-                "what": key,
-                "ms": 1e3 * value,
-                "% of bare GEMM speed": 100.0 * best / value,
-                "MB beyond dX, dW": max(0, bench.peak_bytes(competitors[key]) - gradients) / 1e6,
-            }
-            for key, value in seconds.items()
-        ],
-    )
+def test_memory(bench):
+    memory_table(bench, MEMORY_SHAPES[bench.device.type])

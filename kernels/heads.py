@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastkd._kernels.gemm import HeadGemms
@@ -83,10 +84,12 @@ class LinearHead:
     def project(self, gemms: HeadGemms, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out[c, v] = logits of activations ``x`` for the rows of the weight that ``gemms`` holds, and their bias."""
         gemms.logits(x, out)
-        if bias is not None:
-            # A bias of −inf masks an id; sums of 0 · log 0 need it finite.
-            out.add_(bias).clamp_(min=LOG_ZERO)
-        self.passes.cap(out, self.softcap)
+        if bias is None:
+            self.passes.cap(out, self.softcap)
+            return
+        self.passes.cap(out.add_(bias), self.softcap)
+        # A bias of −inf masks an id; sums of 0 · log 0 need it finite.
+        out.masked_fill_(torch.isneginf(bias), LOG_ZERO)
 
     def drain(self, part: slice, dz: Tensor) -> None:
         """Turn a chunk of dlogits into its part of the gradients; ``fill`` was called last with the same chunk."""

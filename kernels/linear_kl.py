@@ -44,7 +44,8 @@ def run_fast(head: LinearHead | GivenLogits, problem: Problem, outputs: Outputs)
     """Chunks of rows over the whole shard; every logit is computed once."""
     o, columns, start, passes = problem.objective, problem.columns, problem.vocab_start, head.passes
     leading, kept = leading_dimension(columns), problem.teacher.indices.shape[1]
-    row_bytes = leading_dimension(problem.even_columns) * head.bytes_per_logit + kept * passes.kept_temporaries * head.dtype.itemsize
+    row_bytes = leading_dimension(problem.even_columns) * head.bytes_per_logit
+    row_bytes += kept * passes.kept_temporaries * head.dtype.itemsize
     buffer = None
     parts = list(chunks(len(problem.weights), row_bytes, problem.chunk_bytes - head.scratch_bytes))
     head.start(len(parts) or 1)

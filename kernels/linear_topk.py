@@ -16,7 +16,7 @@ from torch import Tensor
 from fastkd._kernels import row_stats
 from fastkd._kernels.gemm import HeadGemms
 from fastkd._kernels.row_topk import padded_columns, row_topk, select
-from fastkd._kernels.rows import LOG_ZERO, Objective, TopK, chunks, compute_dtype, leading_dimension
+from fastkd._kernels.rows import LOG_ZERO, LOG_ZERO_BOUND, Objective, TopK, chunks, compute_dtype, leading_dimension
 from fastkd._kernels.tuning import use_triton
 from fastkd._kernels.vocab_parallel import Shards
 
@@ -40,7 +40,7 @@ def linear_topk(
         local = _local_topk(hidden, weight[:columns], bias, min(k, columns), temperature, softcap, chunk_bytes)
         local.indices.add_(vocab_start)
         merged = _merge(local, k, temperature, softcap, shards) if shards.parallel else local
-        row_stats.cap(merged.logits, softcap)
+        merged = merged._replace(logits=_capped(merged.logits, softcap))
     tail = merged.tail_logsumexp
     assert tail is not None
     return merged._replace(tail_logsumexp=tail.masked_fill(tail == LOG_ZERO, -torch.inf))
@@ -74,7 +74,7 @@ def _local_topk(
         chunk, logits = buffer[:c], buffer[:c, :columns]
         gemms.logits(gemms.activations(hidden[part]), logits)
         if bias is not None:
-            logits.add_(bias).clamp_(min=LOG_ZERO)
+            logits.add_(bias).clamp_(min=LOG_ZERO)  # a bias of −inf masks an id
         if by_triton:
             from fastkd._kernels.triton_topk import topk_rows
 
@@ -92,10 +92,12 @@ def _select(buffer: Tensor, columns: int, k: int, temperature: float, softcap: f
     chosen_K, runner_up = row_topk(buffer, columns, k)
     picked_K = logits.gather(1, chosen_K)
     # The cap preserves order, so the selection stands; where it makes logits equal, the uncapped ones have decided.
-    row_stats.cap(logits, softcap)
-    capped_K = picked_K
     if softcap is not None:
-        capped_K, runner_up = logits.gather(1, chosen_K), None
+        masked = logits < LOG_ZERO_BOUND
+        row_stats.cap(logits, softcap)
+        logits.masked_fill_(masked, LOG_ZERO)
+        runner_up = None
+    capped_K = logits.gather(1, chosen_K)
     logits.scatter_(1, chosen_K, LOG_ZERO)
     tail = row_stats.tail_stats(logits, Objective(temperature=temperature, stats=False), top=runner_up).lse
     return TopK(chosen_K, picked_K, torch.logaddexp((capped_K / temperature).logsumexp(1), tail), tail)
@@ -128,7 +130,7 @@ def _merge(local: TopK, k: int, temperature: float, softcap: float | None, shard
     values_M = values_M.gather(1, order_M)
     places_K = select(values_M, k)
     ids_K, values_K = ids_M.gather(1, places_K), values_M.gather(1, places_K)
-    z_M = _z(values_M, temperature, softcap)
+    z_M = _capped(values_M, softcap) / temperature
     tail = torch.logaddexp(tail, z_M.scatter(1, places_K, -torch.inf).logsumexp(1).clamp(min=LOG_ZERO))
     lse = torch.logaddexp(z_M.gather(1, places_K).logsumexp(1), tail)
 
@@ -138,8 +140,9 @@ def _merge(local: TopK, k: int, temperature: float, softcap: float | None, shard
     return TopK(collect(ids_K), collect(values_K.to(dtype)), collect(lse), collect(tail))
 
 
-def _z(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """Logits after the soft-cap, over T; −inf (padding) stays."""
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits after the soft-cap; masked ids and padding are −inf."""
+    masked = logits < LOG_ZERO_BOUND
     if softcap is not None:
-        logits = (softcap * torch.tanh(logits / softcap)).masked_fill(torch.isneginf(logits), -torch.inf)
-    return logits / temperature
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.masked_fill(masked, -torch.inf)

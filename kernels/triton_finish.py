@@ -42,7 +42,7 @@ from fastkd._kernels.triton_math import (
     row_sums,
     teacher_side,
 )
-from fastkd._kernels.tuning import tile
+from fastkd._kernels.tuning import Tile, tile
 
 EVERYTHING, MEASURE, SUM, WRITE = (tl.constexpr(i) for i in range(4))
 _KL = {"forward": FORWARD, "reverse": REVERSE, "mixed": MIXED, "jsd": JSD}
@@ -51,7 +51,8 @@ _OUTSIDE = {"renormalize": RENORMALIZE, "zero": ZERO_OUTSIDE, "bucket": BUCKET, 
 _MOST_KEPT = 8192
 
 
-@triton.jit
+# Row numbers change from call to call: one program for all of them.
+@triton.jit(do_not_specialize=["first_row", "count"])
 def finish_kernel(
     # the chunk
     picked, held, teacher_logits, shipped, weights, rows, tail_lse, tail_max, tail_mean, tail_raw, label_logit,
@@ -240,9 +241,7 @@ def finish_rows(
             CAP=o.softcap is not None, PHASE=phase, BLOCK=block, num_warps=warps,
         )  # fmt: skip
 
-    block = triton.next_power_of_2(kept)
-    size, warps = tile("finish_rows", picked_K.device)
-    warps = max(1, min(16, warps * block // size))
+    block, warps = triton.next_power_of_2(kept), warps_for(kept, tile("finish_rows", picked_K.device))
     if c and not shards.parallel:
         launch(EVERYTHING, tail, top_logit, highest, lse_kept, sums, label_logit)
     elif c:
@@ -252,6 +251,11 @@ def finish_rows(
         launch(WRITE, tail, top_logit, highest, lse_kept, shards.sum(sums), label_logit)
     gradient = RowGradient(alpha if dense else None, beta if dense and o.linear_term else None, complete_K)
     return gradient, lse_tail if dense else None
+
+
+def warps_for(kept: int, tile: Tile) -> int:
+    """Warps of a program for K kept, in proportion to the tuned size."""
+    return max(1, min(16, tile.warps * triton.next_power_of_2(kept) // tile.block))
 
 
 def _shipped(problem: Problem, teacher: TopK) -> tuple[Tensor | None, tl.constexpr]:

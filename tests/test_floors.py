@@ -14,9 +14,10 @@ FLOORS = [
     "errors files log profiling sampling attention plot _kernels.reference _kernels.rows _kernels.row_topk"
     " _kernels.tuning",
     "config batch _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"
-    " _kernels.triton_sum _kernels.triton_topk",
-    "recipe metrics packing optim data models checkpoint pools evaluate _kernels.problem _kernels.linear_topk",
-    "checks driver _kernels.row_finish _kernels.triton_math _kernels.triton_stats",
+    " _kernels.triton_lanes _kernels.triton_sum",
+    "recipe metrics packing optim data models checkpoint pools evaluate _kernels.problem _kernels.triton_math"
+    " _kernels.triton_stats _kernels.triton_topk",
+    "checks driver _kernels.linear_topk _kernels.row_finish",
     "describe _kernels.triton_finish",
     "_kernels.row_passes",
     "_kernels.heads",

@@ -51,6 +51,71 @@ def test_loss_and_gradients_equal_the_float64_reference(kl, outside, dtype, memo
         assert (ours.cpu().double() - theirs).norm() <= tolerance * theirs.norm()
 
 
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_bias_and_soft_cap_equal_the_float64_reference(memory):
+    make = torch.Generator().manual_seed(2)
+    leaves = [torch.randn(*shape, generator=make) for shape in ((70, 64), (1003, 64), (1003,))]
+    teacher = vocab_topk(leaves[0].to(DEVICE) * 1.1, leaves[1].to(DEVICE), 50)
+    exact = [t.double().requires_grad_() for t in leaves]
+    ours = [t.clone().to(DEVICE).requires_grad_() for t in leaves]
+    topk_kl(ours[0], ours[1], teacher, kl="mixed", bias=ours[2], softcap=9.0, memory=memory).loss.backward()
+    logits = 9.0 * torch.tanh((exact[0] @ exact[1].T + exact[2]) / 9.0)
+    rows = TopK(*(field.cpu() for field in teacher))
+    reference.topk_kl(logits, *rows, kl="mixed", outside="bucket").per_token.sum().backward()
+    for leaf, wanted in zip(ours, exact, strict=True):
+        assert (leaf.grad.cpu().double() - wanted.grad).norm() <= 1e-4 * wanted.grad.norm()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="about CUDA streams")
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_no_call_waits_for_the_device(memory):
+    hidden, weight = (torch.randn(n, 64, device=DEVICE, dtype=torch.bfloat16) for n in (300, 5000))
+    labels = torch.zeros(300, dtype=torch.int64, device=DEVICE)
+    active = torch.arange(0, 300, 2, device=DEVICE)
+    hidden.requires_grad_(), weight.requires_grad_()
+    for mode in ("default", "error"):  # once to compile
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for outside in ("bucket", "renormalize"):
+                for stats in (True, False):
+                    teacher = vocab_topk(hidden.detach(), weight.detach(), 64)
+                    options = dict(outside=outside, labels=labels, active=active, memory=memory, stats=stats)
+                    topk_kl(hidden, weight, teacher, chunk_bytes=1 << 21, **options).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_same_bits_every_time():
+    hidden, weight = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in (300, 5000))
+    outcomes = []
+    for _ in range(3):
+        teacher = vocab_topk(hidden, weight, 64)
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = topk_kl(x, w, teacher, kl="reverse", chunk_bytes=1 << 21)
+        out.loss.backward()
+        outcomes.append((*teacher, *out[:5], x.grad, w.grad))
+    for other in outcomes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes 10 GB of a GPU's memory")
+def test_a_chunk_of_more_logits_than_an_int32_counts():
+    make = torch.Generator(DEVICE).manual_seed(0)
+    hidden, weight = (torch.randn(n, 32, device=DEVICE, generator=make) for n in (16_384, 151_936))
+    teacher = vocab_topk(hidden, weight, 16, chunk_bytes=12 << 30)
+    x = hidden.clone().requires_grad_()
+    out = topk_kl(x, weight, teacher, kl="reverse", chunk_bytes=12 << 30)
+    out.loss.backward()
+    few = torch.tensor([0, 9_000, 16_383])  # the last rows lie behind 2³¹ logits
+    exact = hidden[few].double().cpu().requires_grad_()
+    logits = exact @ weight.double().cpu().T
+    found = reference.topk(logits, 16)
+    assert torch.equal(teacher.indices[few].cpu().long(), found[0])
+    rows = TopK(*(field[few].cpu() for field in teacher))
+    reference.topk_kl(logits, *rows, kl="reverse", outside="bucket").per_token.sum().backward()
+    assert (x.grad[few].cpu().double() - exact.grad).norm() <= 1e-3 * exact.grad.norm()
+
+
 def test_top_k_is_exact():
     make = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(40, 32, generator=make), torch.randn(5000, 32, generator=make))

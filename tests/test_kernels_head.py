@@ -94,11 +94,17 @@ def test_a_bias_of_minus_infinity_masks_an_id(memory, outside):
     bias = BIAS.clone()
     bias[masked] = -torch.inf
     x, w, b = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_(), bias.requires_grad_()
-    result = topk_kl(x, w, TEACHER, bias=b, kl="mixed", outside=outside, memory=memory)
+    result = topk_kl(x, w, TEACHER, bias=b, softcap=9.0, kl="mixed", outside=outside, memory=memory)
     result.loss.backward()
     assert all(torch.isfinite(t).all() for t in (result.loss, result.entropy, x.grad, w.grad, b.grad))
     assert (w.grad[masked] == 0).all() and (b.grad[masked] == 0).all()
-    assert not torch.isin(vocab_topk(HIDDEN, WEIGHT, 60, bias=bias).indices, torch.tensor(masked)).any()
+    free = [i for i in range(V) if i not in masked]
+    expected = reference.topk(dense(HIDDEN, WEIGHT[free], BIAS[free], 9.0), 60)
+    found = vocab_topk(HIDDEN, WEIGHT, 60, bias=bias, softcap=9.0)
+    assert torch.equal(found.indices.long(), torch.tensor(free)[expected[0]])
+    torch.testing.assert_close(tuple(found[1:]), tuple(expected[1:]))
+    # More kept than there are: masked ids fill the row up, to be ignored.
+    assert torch.isneginf(vocab_topk(HIDDEN, WEIGHT, V, bias=bias, softcap=9.0).logits[:, masked]).all()
 
 
 def test_only_the_gradients_asked_for():
