@@ -99,7 +99,7 @@ def _select(buffer: Tensor, columns: int, k: int, temperature: float, softcap: f
         runner_up = None
     capped_K = logits.gather(1, chosen_K)
     logits.scatter_(1, chosen_K, LOG_ZERO)
-    tail = row_stats.tail_stats(logits, Objective(temperature=temperature, stats=False), top=runner_up).lse
+    tail = row_stats.tail_stats(logits, Objective(temperature=temperature, stats=False), top=runner_up, keep=False).lse
     return TopK(chosen_K, picked_K, torch.logaddexp((capped_K / temperature).logsumexp(1), tail), tail)
 
 

@@ -25,7 +25,11 @@ _LOG2_E = 1.0 / math.log(2.0)
 
 def blocks(rows: int, columns: int, itemsize: int, device: torch.device) -> list[slice]:
     """Slices of rows that fit a core's cache; one slice on accelerators, where launches cost more than memory."""
-    step = max(1, _BLOCK_BYTES // max(1, columns * itemsize)) if on_host(device) else max(1, rows)
+    if not on_host(device):
+        return [slice(0, rows)] if rows else []
+    # A multiple of the threads: sums go by rows, and one row too many makes all threads but one wait.
+    threads = torch.get_num_threads()
+    step = -(-max(1, _BLOCK_BYTES // max(1, columns * itemsize)) // threads) * threads
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -71,11 +75,14 @@ def find_columns(buffer: Tensor, ids_K: Tensor, logits_K: Tensor | None, start: 
     return columns_of(ids_K, start, columns, None if logits_K is None else ~torch.isneginf(logits_K))
 
 
-def tail_stats(logits: Tensor, o: Objective, *, raw: bool = False, top: Tensor | None = None) -> Tail:
+def tail_stats(
+    logits: Tensor, o: Objective, *, raw: bool = False, top: Tensor | None = None, keep: bool = True
+) -> Tail:
     """Logsumexp, maximum and (where ``o`` needs it) mean of a chunk of poisoned logits [c, V], which is used up.
 
     Instead of the logits it holds exp(z − max) afterwards, or (z − max) · log2(e) where ``o.keeps_exponents``, as
     ``write_dlogits`` expects.
+    Without ``keep`` (and without a mean) the logits stay, which spares their memory a write.
     ``raw`` asks for the logsumexp at T = 1 too; ``top`` [c] is the maximum where it is known already. An empty tail
     (all poisoned) comes out as LOG_ZERO.
     """
@@ -97,7 +104,7 @@ def tail_stats(logits: Tensor, o: Objective, *, raw: bool = False, top: Tensor |
         else:
             origin = known[rows]
         # Exponents in one place, powers in the other; which of them replaces the logits is the caller's choice.
-        x, powers = (block, other) if linear else (other, block)
+        x, powers = (block, other) if linear else (other, block if keep or mean else other)
         if raw:
             torch.add(origin * temperature, block, alpha=_LOG2_E, out=other)
             torch.sum(other.exp2_(), 1, out=total_raw[rows])
