@@ -24,7 +24,7 @@ from fastkd._kernels.linear_kl import solve
 from fastkd._kernels.linear_topk import linear_topk
 from fastkd._kernels.problem import Problem, field_names, new_field
 from fastkd._kernels.rows import Objective, TopK, TopKLoss, compute_dtype, on_host
-from fastkd._kernels.tuning import use_triton
+from fastkd._kernels.tuning import on_device, use_triton
 from fastkd._kernels.values import check_active, check_rows, drop_zeros, warn_about_logsumexp
 from fastkd._kernels.vocab_parallel import Shards
 
@@ -86,7 +86,8 @@ def topk_kl(
         device=inputs.device,
         dtype=compute_dtype(inputs.dtype),
     )
-    result, gradients = solve(inputs, weight, bias, problem, Needs(need_inputs, need_weight, need_bias))
+    with on_device(inputs.device):
+        result, gradients = solve(inputs, weight, bias, problem, Needs(need_inputs, need_weight, need_bias))
     return tuple(inputs.new_empty(0) if value is None else value for value in (*result, *gradients))  # type: ignore
 
 
@@ -157,8 +158,9 @@ def scale_gradients_(gradients: list[Tensor], factor: Tensor) -> None:
     elif use_triton(factor.device, torch.float32):
         from fastkd._kernels.triton_stats import scale_unless_one
 
-        for gradient in gradients:
-            scale_unless_one(gradient, factor)
+        with on_device(factor.device):
+            for gradient in gradients:
+                scale_unless_one(gradient, factor)
         return
     for gradient in gradients:
         gradient.mul_(factor)
@@ -190,18 +192,19 @@ def vocab_topk(
     shards = Shards(group)
     if sequence_parallel:
         hidden = shards.gather_blocks(hidden)
-    result = linear_topk(
-        hidden,
-        weight,
-        bias,
-        k,
-        temperature=temperature,
-        softcap=softcap,
-        columns=columns,
-        vocab_start=vocab_start,
-        chunk_bytes=chunk_bytes,
-        shards=shards,
-    )
+    with on_device(hidden.device):
+        result = linear_topk(
+            hidden,
+            weight,
+            bias,
+            k,
+            temperature=temperature,
+            softcap=softcap,
+            columns=columns,
+            vocab_start=vocab_start,
+            chunk_bytes=chunk_bytes,
+            shards=shards,
+        )
     assert result.logsumexp is not None and result.tail_logsumexp is not None
     return result.indices, result.logits, result.logsumexp, result.tail_logsumexp
 

@@ -237,8 +237,8 @@ def finish_rows(
             alpha if dense else None, beta if dense and o.linear_term else None, complete_K, lse_tail,
             part.start, c, kept, 1.0 / o.temperature, o.softcap or 0.0, o.mixed_weight, o.jsd_beta,
             math.log(o.jsd_beta), math.log1p(-o.jsd_beta),
-            KL=_KL[o.kl], OUTSIDE=_OUTSIDE[o.outside], SHIPPED=kind, MAY_IGNORE=problem.may_ignore,
-            CAP=o.softcap is not None, PHASE=phase, BLOCK=block, num_warps=warps,
+            KL=_KL[o.kl].value, OUTSIDE=_OUTSIDE[o.outside].value, SHIPPED=kind.value, MAY_IGNORE=problem.may_ignore,
+            CAP=o.softcap is not None, PHASE=phase.value, BLOCK=block, num_warps=warps,
         )  # fmt: skip
 
     block, warps = triton.next_power_of_2(kept), warps_for(kept, tile("finish_rows", picked_K.device))

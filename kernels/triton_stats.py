@@ -249,7 +249,7 @@ def write_dlogits(
 
 def scale_unless_one(values: Tensor, factor: Tensor) -> None:
     """values *= factor (a scalar on the device); the factor 1 costs a launch, not a pass over ``values``."""
-    if not values.is_contiguous():
+    if values.dtype == torch.float64 or not values.is_contiguous():
         values.mul_(factor)
     elif values.numel():
         block = 4096

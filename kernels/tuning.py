@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -50,10 +51,15 @@ def _installed() -> bool:
 
 
 def use_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether rows of ``dtype`` on ``device`` go to the Triton kernels: float32 on CUDA, or under the interpreter."""
-    return dtype == torch.float32 and (
-        interpreting() if device.type == "cpu" else device.type == "cuda" and _installed()
-    )
+    """Whether rows of ``dtype`` on ``device`` go to the Triton kernels: float32 on CUDA, or under the interpreter.
+
+    Not on AMD GPUs, which torch calls "cuda" too: nothing was compiled for them.
+    """
+    if dtype != torch.float32:
+        return False
+    if device.type == "cpu":
+        return interpreting()
+    return device.type == "cuda" and torch.version.hip is None and _installed()
 
 
 def tile(kernel: str, device: torch.device) -> Tile:
@@ -68,3 +74,8 @@ def _architecture(index: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     known = [number for number in TABLE if number <= 10 * major + minor]
     return max(known, default=min(TABLE))
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes ``device`` the current one: Triton launches there, wherever its arguments are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

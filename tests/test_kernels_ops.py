@@ -29,15 +29,15 @@ def arguments(hidden, weight, bias, *, kl="forward", outside="bucket", stats=Tru
 
 @pytest.mark.parametrize("stats", [True, False])
 @pytest.mark.parametrize("low", [True, False])
-@pytest.mark.parametrize(("kl", "outside"), VARIANTS)
+@pytest.mark.parametrize(("kl", "outside"), [VARIANTS[0], VARIANTS[2]])
 def test_opcheck_of_the_loss(kl, outside, low, stats):
     x, w, b = (t.clone().requires_grad_() for t in (HIDDEN, WEIGHT, BIAS))
-    for tensors in ((x, w, b), (x, w, None), (x, WEIGHT, None), (HIDDEN, WEIGHT, BIAS), (normal(9, 50), None, None)):
-        for labels in (None, torch.arange(9)):
-            torch.library.opcheck(
-                torch.ops.fastkd.topk_kl.default,
-                arguments(*tensors, kl=kl, outside=outside, low=low, stats=stats, labels=labels),
-            )
+    labels = torch.arange(9)
+    for tensors in ((x, w, b, labels), (x, WEIGHT, None, None), (normal(9, 50).requires_grad_(), None, None, labels)):
+        torch.library.opcheck(
+            torch.ops.fastkd.topk_kl.default,
+            arguments(*tensors[:3], kl=kl, outside=outside, low=low, stats=stats, labels=tensors[3]),
+        )
 
 
 def test_opcheck_of_the_rest():

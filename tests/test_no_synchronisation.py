@@ -30,7 +30,7 @@ VARIANTS = [
     for outside in ("renormalize", "zero", "bucket", "drop")
     if kl != "jsd" or outside in ("renormalize", "bucket")
 ]
-N, D, V, K = 4096, 256, 50_000, 512
+N, D, V, K = 2048, 256, 50_000, 512
 
 
 class MixedGemms(HeadGemms):
@@ -131,16 +131,18 @@ def problem_of(n, valid, objective, *, k=K, rows=None, low=False, chunk_bytes=1 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("stats", [True, False])
 @pytest.mark.parametrize("memory", ["fast", "low"])
-@pytest.mark.parametrize(("kl", "outside"), VARIANTS)
-def test_the_loss(kl, outside, memory, stats, launches):
+@pytest.mark.parametrize(
+    ("kl", "outside", "stats"),
+    [(*variant, True) for variant in VARIANTS] + [("forward", "bucket", False), ("reverse", "renormalize", False)],
+)
+def test_the_loss(kl, outside, stats, memory, launches):
     objective = Objective(kl, outside, temperature=1.5, stats=stats, softcap=30.0)
     for dtype, active in ((torch.bfloat16, False), (torch.float32, True)):
         with FakeTensorMode():
             hidden, weight = (torch.empty(size, D, dtype=dtype) for size in (N, V))
             bias = torch.empty(V, dtype=dtype)
-            for rows in (torch.empty(3000, dtype=torch.int64) if active else None,):
+            for rows in (torch.empty(1500, dtype=torch.int64) if active else None,):
                 problem = problem_of(N, V - 9, objective, rows=rows, low=memory == "low")
                 result, gradients = solve(hidden, weight, bias, problem, heads.Needs(True, True, True))
                 assert result.loss.shape == () and result.per_token.shape == (N,)
