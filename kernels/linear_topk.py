@@ -16,9 +16,21 @@ from torch import Tensor
 from fastkd._kernels import row_stats
 from fastkd._kernels.gemm import HeadGemms
 from fastkd._kernels.row_topk import padded_columns, row_topk, select
-from fastkd._kernels.rows import LOG_ZERO, LOG_ZERO_BOUND, Objective, TopK, chunks, compute_dtype, leading_dimension
+from fastkd._kernels.rows import (
+    LOG_ZERO,
+    LOG_ZERO_BOUND,
+    Objective,
+    TopK,
+    chunks,
+    compute_dtype,
+    leading_dimension,
+    on_host,
+)
 from fastkd._kernels.tuning import use_triton
 from fastkd._kernels.vocab_parallel import Shards
+
+# On the CPU: enough rows for all threads.
+_SELECT_ROWS = 64
 
 
 def linear_topk(
@@ -78,12 +90,20 @@ def _local_topk(
         if by_triton:
             from fastkd._kernels.triton_topk import topk_rows
 
-            found = topk_rows(chunk, columns, k, temperature, softcap)
-        else:
-            found = _select(chunk, columns, k, temperature, softcap)
-        for whole, rows in zip(result, found, strict=True):
-            whole[part] = rows  # type: ignore[index]
+            _store(result, part, topk_rows(chunk, columns, k, temperature, softcap))
+            continue
+        # A selection needs about a sixth of the logits' memory again: a block of rows at a time it hardly counts.
+        step = _SELECT_ROWS if on_host(hidden.device) else c
+        for first in range(0, c, step):
+            rows = slice(first, min(first + step, c))
+            found = _select(chunk[rows], columns, k, temperature, softcap)
+            _store(result, slice(part.start + rows.start, part.start + rows.stop), found)
     return result
+
+
+def _store(result: TopK, rows: slice, found: TopK) -> None:
+    for whole, part in zip(result, found, strict=True):
+        whole[rows] = part  # type: ignore[index]
 
 
 def _select(buffer: Tensor, columns: int, k: int, temperature: float, softcap: float | None) -> TopK:
@@ -97,8 +117,8 @@ def _select(buffer: Tensor, columns: int, k: int, temperature: float, softcap: f
         row_stats.cap(logits, softcap)
         logits.masked_fill_(masked, LOG_ZERO)
         runner_up = None
-    capped_K = logits.gather(1, chosen_K)
-    logits.scatter_(1, chosen_K, LOG_ZERO)
+    capped_K = picked_K if softcap is None else logits.gather(1, chosen_K)
+    row_stats.poison(logits, chosen_K)
     tail = row_stats.tail_stats(logits, Objective(temperature=temperature, stats=False), top=runner_up, keep=False).lse
     return TopK(chosen_K, picked_K, torch.logaddexp((capped_K / temperature).logsumexp(1), tail), tail)
 

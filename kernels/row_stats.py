@@ -66,8 +66,14 @@ def pick_poison(
     columns_K = find_columns(buffer, ids_K, logits_K, start, columns)
     buffer[:, columns] = LOG_ZERO
     picked_K = buffer.gather(1, columns_K)
-    buffer.scatter_(1, columns_K, LOG_ZERO)
+    poison(buffer, columns_K)
     return picked_K, columns_K
+
+
+def poison(buffer: Tensor, columns_K: Tensor) -> None:
+    """Overwrite the logits in columns [c, K] of each row with LOG_ZERO."""
+    # A tensor of values, not a scalar: torch's scatter of a scalar is some six times slower on the CPU.
+    buffer.scatter_(1, columns_K, buffer.new_full((1, 1), LOG_ZERO).expand_as(columns_K))
 
 
 def find_columns(buffer: Tensor, ids_K: Tensor, logits_K: Tensor | None, start: int, columns: int) -> Tensor:
