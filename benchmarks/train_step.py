@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.measure import Bench, Skipped, reason
 from benchmarks.providers import trl, work_dtype
-from benchmarks.records import Row
+from benchmarks.records import Row, hardware
 from fastkd.batch import Batch, Prompt, Rollout, pack
 from fastkd.kernels import TopK, topk_kl, vocab_topk
 
@@ -55,6 +55,16 @@ _TINY = dict(
     intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
 )  # fmt: skip
 TINY = Models(dict(hidden_size=32, **_TINY), dict(hidden_size=48, **_TINY), tokens=(256,), sequence=64, k=16)
+
+
+# Dense bfloat16 peak of the vendor's data sheets, FLOP/s; the first name found in the device's counts.
+_PEAKS = {"H100 PCIe": 756e12, "GH200": 989e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
+
+
+def utilisation(operations_per_second: float) -> Row:
+    """Model FLOPs utilisation in per cent of the device's bfloat16 peak; nothing for a device that is not listed."""
+    peak = next((flops for name, flops in _PEAKS.items() if name in hardware()), None)
+    return {} if peak is None else {"MFU %": 100 * operations_per_second / peak}
 
 
 @dataclass
@@ -189,6 +199,7 @@ def _rows(bench: Bench, models: Models, pair: Pair, batch: Batch, tokens: int) -
                 "teacher s": scoring.median,
                 **{f"{phase} s": seconds for phase, seconds in phases.items()},
                 "TFLOP/s": 1e-12 * operations / total,
+                **utilisation(operations / total),
                 "peak GB": None if timing.extra_bytes is None else timing.extra_bytes / 1e9,
                 "loss value": values[name],
             }

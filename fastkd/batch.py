@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,16 @@ class Batch:
     """[S] packed length of each sequence, on the host."""
     responses: tuple[int, ...]
     """[S] active rows of each sequence, on the host."""
+    context: Any = None
+    """A rank's share of a batch under context parallelism says here of what (``fastkd.context_parallel.Context``)."""
+
+    def take(self, x_A: Tensor) -> Tensor:
+        """The entries of this share, of something that has one for every active row of the whole batch."""
+        return x_A if self.context is None else self.context.take(x_A)
+
+    def join(self, x_A: Tensor) -> Tensor:
+        """The inverse of :meth:`take`, on every rank of the context-parallel group; no gradient then."""
+        return x_A if self.context is None else self.context.join(x_A)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -110,4 +121,28 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
         labels_A=torch.tensor(labels),
         lengths=lengths,
         responses=tuple(len(rollout.response) for rollout in rollouts),
+    )
+
+
+def idle() -> Batch:
+    """A micro-batch of one token without any active row: what a rank runs while others have work."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    one = torch.zeros(1, dtype=torch.int64)
+    return Batch(one, one, torch.tensor([0, 1], dtype=torch.int32), 1, nothing, nothing, (1,), (0,))
+
+
+def pad(batch: Batch, multiple: int) -> Batch:
+    """The batch with N a multiple of a number: one more sequence without active rows."""
+    missing = -len(batch.tokens_N) % multiple
+    if missing == 0:
+        return batch
+    end = batch.cu_seqlens[-1:]
+    return replace(
+        batch,
+        tokens_N=torch.cat((batch.tokens_N, batch.tokens_N.new_zeros(missing))),
+        positions_N=torch.cat((batch.positions_N, torch.arange(missing, device=batch.positions_N.device))),
+        cu_seqlens=torch.cat((batch.cu_seqlens, end + missing)),
+        max_seqlen=max(batch.max_seqlen, missing),
+        lengths=(*batch.lengths, missing),
+        responses=(*batch.responses, 0),
     )

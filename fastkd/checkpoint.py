@@ -4,30 +4,29 @@ A checkpoint is written under ``tmp_step_N`` and renamed when complete. Inside: 
 checkpoint: weights, optimizer, schedule, keyed by parameter name, so that another sharding can read it),
 ``training_info.json`` (step, data position, metrics), ``recipe.yaml``, and ``manifest.json`` with the size and
 SHA-256 of every file: a checkpoint that was damaged later is found out before it is loaded, not after.
+
+Two parties act. The workers write, hash and read ``state/`` (``fastkd.state_files``), in the background if asked to.
+The driver does the rest, here: once the workers are done it finishes the folder, at the next step (``poll``) or when
+it has to wait for it (``finish``). Both must see the same file system.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fastkd.config import Checkpointing
-from fastkd.errors import CheckpointError, reason
-from fastkd.files import sync_folder, write_json
+from fastkd.errors import CheckpointError, UserError, reason
+from fastkd.files import sync_folder, write_json, write_text
 from fastkd.log import logger
+from fastkd.state_files import Files, digest
 
 _STEP = re.compile(r"step_(\d+)")
 
@@ -45,12 +44,26 @@ class TrainingInfo:
     """Metrics of this step, validation included when it ran."""
 
 
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """How the driver reaches the ranks that hold the tensors. Each call acts on all of them."""
+
+    save: Callable[[Path, bool], None]
+    """Write the state into this folder; in the background if True. The weights may change once it returns."""
+    saved: Callable[[bool], Files | None]
+    """The files written since, or None while they are being written; True waits. Raises what went wrong."""
+    load: Callable[[Path], None]
+    """Take up the state in this folder. Raises CheckpointError when it is that of another model."""
+
+
 class Checkpoints:
     """The checkpoint folder of one run."""
 
-    def __init__(self, config: Checkpointing):
-        self.config = config
+    def __init__(self, config: Checkpointing, workers: Workers):
+        self.config, self.workers = config, workers
         self.folder = Path(config.checkpoint_dir)
+        self._saving: int | None = None
+        """The step whose state is being written."""
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -63,48 +76,117 @@ class Checkpoints:
         """The folder of one step."""
         return self.folder / f"step_{step}"
 
-    def save(
-        self,
-        info: TrainingInfo,
-        state: dict[str, Any],
-        recipe_yaml: str,
-        export: Callable[[Path], None] | None = None,
-    ) -> Path:
-        """Write a checkpoint and drop those that retention does not keep.
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f"tmp_step_{step}"
+
+    # --- writing ------------------------------------------------------------------------------------------------
+
+    def save(self, info: TrainingInfo, recipe_yaml: str, export: Callable[[Path], None] | None = None) -> None:
+        """Write a checkpoint of what the workers hold now, or begin to (``checkpointing.is_async``).
 
         Args:
             info: counters and metrics.
-            state: nested tensors and plain values.
             recipe_yaml: the resolved recipe.
             export: writes a Hugging Face folder at the path it is given, when wanted.
+
+        Raises:
+            CheckpointError: this one, or the one before, could not be written.
         """
-        temporary, final = self.folder / f"tmp_step_{info.step}", self.path(info.step)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        with _single_process():
-            dcp_save(state, checkpoint_id=temporary / "state", no_dist=True)
-        (temporary / "recipe.yaml").write_text(recipe_yaml)
-        (temporary / "training_info.json").write_text(json.dumps(asdict(info), indent=2))
-        if export is not None:
-            export(temporary / "hf")
-        write_json(temporary / "manifest.json", _manifest(temporary))
+        self.finish()
+        temporary = self._temporary(info.step)
+        with self._or_none(info.step):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write_text(temporary / "recipe.yaml", recipe_yaml)
+            write_json(temporary / "training_info.json", asdict(info))
+            if export is not None:
+                export(temporary / "hf")
+            self.workers.save(temporary / "state", self.config.is_async)
+        self._saving = info.step
+        if not self.config.is_async:
+            self.finish()
+
+    def poll(self) -> None:
+        """Finish the last save if the workers are done with it. Raises CheckpointError as ``finish`` does."""
+        self._complete(wait=False)
+
+    def finish(self) -> None:
+        """Wait until the last save is a whole checkpoint.
+
+        Raises:
+            CheckpointError: it could not be written; nothing of it is left.
+        """
+        self._complete(wait=True)
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Ends with ``finish``. When the block fails, that is what is raised, and a failed save is only logged."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.finish()
+            except CheckpointError as error:
+                logger.warning(str(error))
+            raise
+        self.finish()
+
+    def _complete(self, *, wait: bool) -> None:
+        step = self._saving
+        if step is None:
+            return
+        with self._or_none(step):
+            self._saving = None
+            files = self.workers.saved(wait)
+            if files is None:
+                self._saving = step
+                return
+            self._publish(step, files)
+        self._retain()
+
+    @contextmanager
+    def _or_none(self, step: int) -> Iterator[None]:
+        """What fails inside leaves nothing of this checkpoint."""
+        try:
+            yield
+        except Exception as error:
+            shutil.rmtree(self._temporary(step), ignore_errors=True)
+            kept = self.steps()
+            raise CheckpointError(
+                "checkpointing.checkpoint_dir",
+                f"step_{step} could not be written ({reason(error)})",
+                f"Make sure that all workers can write there, then start the run again: it resumes "
+                f"{f'from step_{kept[-1]}' if kept else 'at its beginning'}",
+                value=str(self.folder),
+            ) from error
+
+    def _publish(self, step: int, written: Files) -> None:
+        temporary, final = self._temporary(step), self.path(step)
+        state = {f"state/{name}": entry for name, entry in written.items()}
+        found = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
+        unseen = state.keys() - set(found)
+        if unseen:
+            raise OSError(
+                f"a worker wrote {min(unseen)}, which is not here: the folder must be on a shared file system"
+            )
+        entries = dict(
+            zip(found, _parallel(lambda name: state.get(name) or digest(temporary / name), found), strict=True)
+        )
+        write_json(temporary / "manifest.json", entries)
         if final.exists():  # the same step again, after resuming from an earlier one
             shutil.rmtree(final)
         os.rename(temporary, final)
         sync_folder(self.folder)
-        self._retain()
-        return final
 
-    def load_newest(self, template: Callable[[], dict[str, Any]]) -> tuple[TrainingInfo, dict[str, Any]] | None:
-        """The newest checkpoint that is intact, or None when there is none at all.
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def load_newest(self) -> TrainingInfo | None:
+        """Have the workers take up the newest checkpoint that is intact; None when there is none at all.
 
         A damaged one is renamed to ``corrupt_step_N``, said in the log, and the one before is tried.
 
-        Args:
-            template: gives a state of the right structure, whose tensors are overwritten.
-
         Raises:
-            CheckpointError: there are checkpoints, but not one is intact.
+            CheckpointError: there are checkpoints, but not one is intact, or they are those of another model.
         """
         for leftover in self.folder.glob("tmp_step_*") if self.folder.is_dir() else ():
             shutil.rmtree(leftover)  # a save that a crash cut short
@@ -114,12 +196,11 @@ class Checkpoints:
             try:
                 _verify(path)
                 info = TrainingInfo(**json.loads((path / "training_info.json").read_text()))
-                state = template()
-                with _single_process():
-                    dcp_load(state, checkpoint_id=path / "state", no_dist=True)
-                return info, state
-            # CheckpointException derives from BaseException, so `except Exception` would miss it.
-            except (Exception, CheckpointException) as error:
+                self.workers.load(path / "state")
+                return info
+            except UserError:
+                raise  # intact, but of another model: renaming it would lose it
+            except Exception as error:
                 corrupt = self.folder / f"corrupt_step_{step}"
                 shutil.rmtree(corrupt, ignore_errors=True)
                 path.rename(corrupt)
@@ -135,6 +216,8 @@ class Checkpoints:
                 value=str(self.folder),
             )
         return None
+
+    # --- retention ----------------------------------------------------------------------------------------------
 
     def _ranked(self) -> list[int]:
         name = self.config.metric_name
@@ -166,31 +249,21 @@ class Checkpoints:
                 shutil.rmtree(self.path(step))
 
 
-@contextmanager
-def _single_process() -> Iterator[None]:
-    """Without the warning that torch.distributed is not initialised: here that is intended."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _manifest(folder: Path) -> dict[str, list]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): [path.stat().st_size, _digest(path)] for path in files}
+def _parallel(function: Callable[[str], tuple[int, str]], names: list[str]) -> list[tuple[int, str]]:
+    """Hashing lets go of the interpreter lock, so threads share the work."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(function, names))
 
 
 def _verify(folder: Path) -> None:
     expected = json.loads((folder / "manifest.json").read_text())
-    for name, (size, digest) in expected.items():
+    for name, (size, _) in expected.items():
         path = folder / name
         if not path.is_file():
             raise OSError(f"{name} is missing")
         if path.stat().st_size != size:
             raise OSError(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        if _digest(path) != digest:
+    names = list(expected)
+    for name, (_, found) in zip(names, _parallel(lambda name: digest(folder / name), names), strict=True):
+        if found != expected[name][1]:
             raise OSError(f"{name} does not match its checksum")

@@ -13,7 +13,21 @@ def reason(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-class UserError(ValueError):
+def _again(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class _Portable(BaseException):
+    """Pickles as it is: an exception's own way calls ``__init__`` with the message alone."""
+
+    def __reduce__(self) -> Any:
+        return _again, (type(self), self.args, self.__dict__)
+
+
+class UserError(_Portable, ValueError):
     """A mistake in what the user gave: says which key, its value, the rule it breaks, and the remedy.
 
     ``str(error)`` is one paragraph, ``"policy.model_name='x': no such folder. Give ..."``. The command
@@ -59,7 +73,7 @@ class MissingDependency(UserError, ImportError):
     """An optional package is needed; the remedy is the pip command that adds it."""
 
 
-class WorkerError(RuntimeError):
+class WorkerError(_Portable, RuntimeError):
     """A worker failed; the message carries its role and rank, the cause its traceback."""
 
     def __init__(self, role: str, rank: int, cause: BaseException):

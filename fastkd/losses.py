@@ -1,23 +1,31 @@
 """The head modules: where a model's last hidden state meets the fused kernels.
 
 The head's ``forward`` IS the fused loss (student) or the fused top-K (teacher): logits of shape [N, V] never
-exist. Both sit inside one root module whose forward takes a packed batch, so that a sharding wrapper around the
-root sees every use of every parameter.
+exist. Both run inside one root module, so that sharding sees every use of every parameter, and so that one set of
+weights can be student and teacher.
 
 Letters: N packed tokens, A loss-active rows, D hidden, V vocabulary, K kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from fastkd import lora, models, parallel, weights
 from fastkd.batch import Batch
+from fastkd.config import LoRA, Teacher
 from fastkd.kernels import TopK, TopKLoss, topk_kl, vocab_topk
-from fastkd.models import head_weight, packed_hidden
+from fastkd.models import packed_hidden
+from fastkd.parallel import HeadShard
+
+Out = TypeVar("Out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,61 +39,134 @@ class Divergence:
     temperature: float = 1.0
 
 
-class StudentModel(nn.Module):
-    """Trunk and fused loss head of the student."""
+class PackedModel(nn.Module):
+    """The root module: trunk, then a fused head. Its forward is the only way into the model's weights."""
 
-    def __init__(self, causal_lm: PreTrainedModel, valid_vocab: int | None = None):
+    def __init__(self, causal_lm: PreTrainedModel):
         super().__init__()
         self.causal_lm = causal_lm
-        self.valid_vocab = valid_vocab
 
-    def forward(self, batch: Batch, teacher: TopK, divergence: Divergence, token_weights_A: Tensor) -> TopKLoss:
-        """Σ_n token_weights[n] · divergence_n over the loss-active rows, and per-token figures.
+    @classmethod
+    def load(
+        cls,
+        key: str,
+        policy: Teacher,
+        device: torch.device,
+        mesh: DeviceMesh | None,
+        dtype: torch.dtype,
+        *,
+        trained: bool,
+        adapters: LoRA | None = None,
+        seed: int = 0,
+    ) -> PackedModel:
+        """The model of a recipe section, on one device or this rank's part of it.
 
         Args:
-            batch: packed sequences with A active rows.
-            teacher: A rows, in the order of ``batch.active_A``.
-            divergence: the loss.
-            token_weights_A: [A] float32, normally 1 / (active tokens of the whole global batch).
+            key: "policy" or "teacher", as errors name it.
+            policy: that section.
+            device: of this process.
+            mesh: of this process's group (``parallel.build_mesh``); None: not sharded.
+            dtype: of the weights. Sharded, they are gathered and used in the section's precision.
+            trained: False gives a frozen model in evaluation mode.
+            adapters: train these over a frozen base.
+            seed: of their starting values.
+
+        Raises:
+            ModelError: the model's files cannot be used.
+            UserError: it cannot be split so.
         """
-        hidden_AD = packed_hidden(self.causal_lm, batch).index_select(0, batch.active_A)
-        weight_VD = head_weight(self.causal_lm)
-        if torch.is_autocast_enabled(hidden_AD.device.type):
+        name, sharding = policy.model_name, policy.dtensor_cfg
+        if mesh is None:
+            causal_lm = models.load_causal_lm(f"{key}.model_name", name, dtype=dtype, device=device)
+            root = cls(causal_lm.train(trained).requires_grad_(trained))
+            if adapters is not None:
+                lora.apply(causal_lm, adapters, seed=seed)
+            if trained and sharding.activation_checkpointing:
+                parallel.recompute_blocks(causal_lm)
+            return root
+        causal_lm = models.meta_causal_lm(f"{key}.model_name", name, dtype)
+        root = cls(causal_lm.train(trained).requires_grad_(trained))
+        if adapters is not None:
+            lora.apply(causal_lm, adapters, seed=seed)
+        parallel.shard(
+            root,
+            causal_lm,
+            mesh,
+            sequence_parallel=sharding.sequence_parallel,
+            recompute=trained and sharding.activation_checkpointing,
+            compile_blocks=sharding.torch_compile,
+            offload=sharding.cpu_offload,
+            param_dtype=models.DTYPES[policy.precision],
+            key=f"{key}.dtensor_cfg",
+        )
+        weights.load(causal_lm, f"{key}.model_name", name, device, offload=sharding.cpu_offload)
+        if adapters is not None:
+            lora.initialise(causal_lm, seed)
+        return root
+
+    def forward(self, batch: Batch, head: Callable[[Tensor, HeadShard, Batch], Out]) -> Out:
+        """``head(hidden, shard, batch)`` on the trunk's hidden states.
+
+        Args:
+            batch: packed sequences.
+            head: FusedLoss or FusedTopK.
+        """
+        batch = parallel.local_batch(self.causal_lm, batch)
+        hidden_ND = packed_hidden(self.causal_lm, batch)
+        return parallel.through_head(self.causal_lm, hidden_ND, lambda hidden, shard: head(hidden, shard, batch))
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLoss:
+    """Σ_n token_weights[n] · divergence_n over the loss-active rows, and per-token figures."""
+
+    divergence: Divergence
+    teacher: TopK
+    """A rows, in the order of the whole batch's ``active_A``."""
+    token_weights_A: Tensor
+    """[A] float32, normally 1 / (active tokens of the whole global batch)."""
+    valid_vocab: int | None = None
+
+    def __call__(self, hidden_ND: Tensor, shard: HeadShard, batch: Batch) -> TopKLoss:
+        """The loss of one micro-batch; under context parallelism, of this rank's rows of it."""
+        weight_VD = shard.weight
+        if torch.is_autocast_enabled(hidden_ND.device.type):
             # The residual stream stays float32 under autocast, and the fused op switches autocast off inside: without
             # this cast its GEMMs would run in float32. Their output is float32 either way.
-            dtype = torch.get_autocast_dtype(hidden_AD.device.type)
-            hidden_AD, weight_VD = hidden_AD.to(dtype), weight_VD.to(dtype)
+            dtype = torch.get_autocast_dtype(hidden_ND.device.type)
+            hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
         return topk_kl(
-            hidden_AD,
+            hidden_ND,
             weight_VD,
-            teacher,
-            kl=divergence.kl,
-            outside=divergence.outside,
-            mixed_weight=divergence.mixed_weight,
-            jsd_beta=divergence.jsd_beta,
-            temperature=divergence.temperature,
-            token_weights=token_weights_A,
+            self.teacher.map(batch.take),
+            kl=self.divergence.kl,
+            outside=self.divergence.outside,
+            mixed_weight=self.divergence.mixed_weight,
+            jsd_beta=self.divergence.jsd_beta,
+            temperature=self.divergence.temperature,
+            token_weights=batch.take(self.token_weights_A),
+            active=batch.active_A,
             labels=batch.labels_A,
-            valid_vocab=self.valid_vocab,
+            **shard.options(self.valid_vocab),
         )
 
 
-class TeacherModel(nn.Module):
-    """Trunk and fused top-K head of the teacher."""
+@dataclass(frozen=True, slots=True)
+class FusedTopK:
+    """The K largest logits of every loss-active row, with the logsumexp of all and of the rest."""
 
-    def __init__(self, causal_lm: PreTrainedModel, k: int, temperature: float = 1.0, valid_vocab: int | None = None):
-        super().__init__()
-        self.causal_lm = causal_lm
-        self.k, self.temperature, self.valid_vocab = k, temperature, valid_vocab
+    k: int
+    temperature: float = 1.0
+    valid_vocab: int | None = None
 
-    @torch.no_grad()
-    def forward(self, batch: Batch) -> TopK:
-        """The K largest logits of every loss-active row, with the logsumexp of all and of the rest."""
-        hidden_AD = packed_hidden(self.causal_lm, batch).index_select(0, batch.active_A)
-        return vocab_topk(
+    def __call__(self, hidden_ND: Tensor, shard: HeadShard, batch: Batch) -> TopK:
+        """A rows, in the order of the whole batch's ``active_A``, on all ranks; no gradient."""
+        hidden_AD = shard.all_tokens(hidden_ND).index_select(0, batch.active_A)
+        rows = vocab_topk(
             hidden_AD,
-            head_weight(self.causal_lm),
+            shard.weight,
             self.k,
             temperature=self.temperature,
-            valid_vocab=self.valid_vocab,
+            **shard.options(self.valid_vocab, all_tokens=True),
         )
+        return rows.map(batch.join)

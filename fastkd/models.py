@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from fastkd import attention
+from fastkd import attention, weights
 from fastkd.batch import Batch
 from fastkd.errors import ModelError, reason
 
@@ -63,17 +64,38 @@ def load_tokenizer(key: str, name: str, chat_template: str | None = None) -> Any
     return tokenizer
 
 
+def meta_causal_lm(key: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of config.json with our packed attention, without memory: ``parallel.shard`` it, then ``weights.load``.
+
+    Raises:
+        ModelError: no such configuration, or a head that the fused loss cannot stand for (bias, soft-cap, scaling).
+    """
+    config = load_config(key, name)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+    except Exception as error:  # ValueError, KeyError, AttributeError, …: all mean an unusable configuration
+        remedy = "Give a causal language model that this version of transformers knows"
+        raise ModelError(key, f"cannot build its model ({reason(error)})", remedy, value=name) from error
+    check_head(key, name, model)
+    with suppress(OSError):  # without the file: what config.json says
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model.eval()
+
+
 def load_causal_lm(key: str, name: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A causal language model with our packed attention, on its device.
 
     Raises:
-        ModelError: missing or unreadable, or a head that the fused loss cannot stand for (bias, soft-cap, scaling).
+        ModelError: missing or unreadable, or a head that the fused loss cannot stand for.
     """
-    model = _from_pretrained(
+    model = meta_causal_lm(key, name, dtype)
+    if weights.stored_as_is(model):
+        weights.load(model, key, name, device)
+        return model
+    return _from_pretrained(
         AutoModelForCausalLM, key, name, "weights", dtype=dtype, attn_implementation=attention.NAME
-    )
-    check_head(key, name, model)
-    return model.to(device)
+    ).to(device)
 
 
 def check_head(key: str, name: str, model: PreTrainedModel) -> None:
@@ -123,6 +145,7 @@ def packed_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
         max_length_q=batch.max_seqlen,
         max_length_k=batch.max_seqlen,
         packed_lengths=batch.lengths,
+        packed_context=batch.context,
     )
     return out.last_hidden_state[0]
 

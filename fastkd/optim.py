@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as schedulers
 
@@ -80,12 +80,3 @@ def build_scheduler(policy: Policy, optimizer: Optimizer) -> schedulers.LRSchedu
 def check(policy: Policy) -> None:
     """Build both on one scalar, so that a mistake in them is found before a model is loaded. Raises RecipeError."""
     build_scheduler(policy, build_optimizer(policy.optimizer, [nn.Parameter(torch.zeros(1))]))
-
-
-def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale gradients to a global L2 norm of at most ``max_norm``; returns the norm before, a device scalar."""
-    limit = float("inf") if max_norm is None else max_norm
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm

@@ -160,3 +160,44 @@ def for_policy(policy: Teacher, lengths: Sequence[int], *, training: bool) -> Bi
     # Dynamic batching sorts by length and cuts; on flat batches that is first-fit decreasing without the fitting.
     algorithm = policy.sequence_packing.algorithm if packed else "first_fit_decreasing"
     return microbatches(lengths, size=size, tokens=tokens, algorithm=algorithm)
+
+
+def assign(bins: Bins, lengths: Sequence[int], ranks: int) -> list[Bins]:
+    """Deal micro-batches to data-parallel ranks: the same number to each, with about as many tokens.
+
+    Ranks run micro-batch j together (every one gathers weights and reduces gradients with the others), so bins of
+    about the same size are dealt in the same round, and within a round the largest goes to the rank that has least.
+    The smallest bins are shared out evenly over the last round; where they hold fewer sequences than there are ranks,
+    some ranks get an empty micro-batch, which they run without any active row.
+
+    Args:
+        bins: of :func:`microbatches`.
+        lengths: packed length of each sequence.
+        ranks: R.
+
+    Returns:
+        R lists of bins, equally long; every index occurs exactly once. One rank gets ``bins`` as they are.
+    """
+    if ranks == 1 or not bins:
+        return [bins] * ranks
+
+    def size(one: Sequence[int]) -> int:
+        return sum(lengths[index] for index in one)
+
+    bins = sorted(bins, key=lambda one: (-size(one), one))
+    # The smallest bins, which would fill the last round unevenly or only in part, are shared out anew.
+    last = len(bins) // ranks * ranks if len(bins) % ranks else max(len(bins) - ranks, 0)
+    rest = bins[last:]
+    even: Bins = [[] for _ in range(ranks)]
+    for index in _decreasing([index for one in rest for index in one], lengths):
+        min(even, key=size).append(index)
+    largest = max(map(size, rest), default=0)
+    bins = bins[:last] + (even if max(map(size, even)) <= largest else rest + [[]] * (ranks - len(rest)))
+    dealt: list[Bins] = [[] for _ in range(ranks)]
+    totals = [0] * ranks
+    for start in range(0, len(bins), ranks):
+        order = sorted(range(ranks), key=lambda rank: (totals[rank], rank))
+        for rank, one in zip(order, bins[start : start + ranks], strict=True):
+            dealt[rank].append(one)
+            totals[rank] += size(one)
+    return dealt

@@ -22,9 +22,9 @@ P = ParamSpec("P")
 class LocalPool(Generic[W]):
     """One worker of a role, in this process."""
 
-    def __init__(self, role: str, build: Callable[..., W], *args: Any):
+    def __init__(self, role: str, build: Callable[..., W], *args: Any, **kwargs: Any):
         self.role = role
-        self.worker = self._guard(build, *args)
+        self.worker = self._guard(build, *args, **kwargs)
 
     def run(self, method: Callable[Concatenate[W, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a method of the worker's class: ``teacher.run(Teacher.score, rollouts)``."""

@@ -9,12 +9,14 @@ Letters: B rows of a batch, P longest prompt, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from fastkd import lora
 from fastkd.batch import Prompt, Rollout
 from fastkd.config import Recipe
 from fastkd.log import bars
@@ -52,6 +54,7 @@ class Generation:
         stop_strings: texts that end a response, kept in it.
         autocast: compute dtype when it differs from the weights'.
         valid_vocab: rows of the LM head that are tokens, when it is padded; the rest are never sampled.
+        base: sample from the frozen base of a model with adapters.
     """
 
     causal_lm: PreTrainedModel
@@ -63,6 +66,7 @@ class Generation:
     stop_strings: Sequence[str] | None = None
     autocast: torch.dtype | None = None
     valid_vocab: int | None = None
+    base: bool = False
     weights_version: int = 0
     _stop_ids: Tensor = field(init=False)
 
@@ -83,6 +87,7 @@ class Generation:
         tokenizer: object,
         valid_vocab: int | None,
         autocast: torch.dtype | None = None,
+        base: bool = False,
     ) -> Generation:
         """Generation in this process, by the recipe, on a model that lives here."""
         settings = recipe.policy.generation
@@ -96,6 +101,7 @@ class Generation:
             settings.stop_strings,
             autocast,
             valid_vocab,
+            base,
         )
 
     def adopt(self, version: int) -> None:
@@ -123,9 +129,9 @@ class Generation:
             size = batch_size or self.batch_size
             for start in range(0, len(runnable), size):
                 indices = runnable[start : start + size]
-                for index, (response, finished) in zip(
-                    indices, self._decode([wanted[index] for index in indices], request), strict=True
-                ):
+                with lora.disabled(self.causal_lm) if self.base else nullcontext():
+                    decoded = self._decode([wanted[index] for index in indices], request)
+                for index, (response, finished) in zip(indices, decoded, strict=True):
                     prompt, generation = wanted[index]
                     rollouts[index] = Rollout(prompt, generation, response, finished, self.weights_version)
         finally:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from fastkd import log, metrics
 from fastkd.batch import Rollout
-from fastkd.checkpoint import Checkpoints, TrainingInfo
+from fastkd.checkpoint import Checkpoints, TrainingInfo, Workers
 from fastkd.driver import Inputs, RunFolder, prepare
-from fastkd.errors import NonFiniteLoss
+from fastkd.errors import CheckpointError, NonFiniteLoss
 from fastkd.log import bars, console, logger
 from fastkd.metrics import Metrics, Recorder
 from fastkd.plot import plot
@@ -22,7 +23,7 @@ from fastkd.report import closing_table, opening, summarise
 from fastkd.rollout import Generation, Request
 from fastkd.sampling import Sampler
 from fastkd.student import Student
-from fastkd.teacher import Teacher
+from fastkd.teacher import Teacher, is_base_of
 from fastkd.validate import Validator
 
 
@@ -37,9 +38,11 @@ class Runner:
         self.device = local_device(recipe.cluster)
         self.spans = Spans()
         self.student = LocalPool("student", Student, recipe, self.device, inputs.student_vocab)
-        self.teacher = LocalPool("teacher", Teacher, recipe, self.device, inputs.teacher_vocab)
+        student = self.student.worker
+        shared = student.model if is_base_of(recipe) else None
+        self.teacher = LocalPool("teacher", Teacher, recipe, self.device, inputs.teacher_vocab, None, shared)
+        teacher = self.teacher.worker
         # In one process the student's own tensors generate: a sync has nothing to move.
-        student, teacher = self.student.worker, self.teacher.worker
         self.generation = LocalPool(
             "generation",
             Generation.embedded,
@@ -50,7 +53,13 @@ class Runner:
             student.autocast_dtype,
         )
         teacher_generation = LocalPool(
-            "generation", Generation.embedded, recipe, teacher.causal_lm, inputs.tokenizer, inputs.teacher_vocab
+            "generation",
+            Generation.embedded,
+            recipe,
+            teacher.causal_lm,
+            inputs.tokenizer,
+            inputs.teacher_vocab,
+            base=True,
         )
         self.validator = Validator(
             inputs,
@@ -60,7 +69,12 @@ class Runner:
             self.student,
             teacher_generation if self.config.val_teacher else None,
         )
-        self.checkpoints = Checkpoints(recipe.checkpointing)
+        workers = Workers(
+            save=partial(self.student.run, Student.save),
+            saved=partial(self.student.run, Student.saved),
+            load=partial(self.student.run, Student.load),
+        )
+        self.checkpoints = Checkpoints(recipe.checkpointing, workers)
         self.step_number = 0
         self.total_tokens = 0
         self.last_step = inputs.last_step
@@ -124,7 +138,7 @@ class Runner:
             recorder.write(self.step_number, found | self.spans.take() | {"timing/elapsed": elapsed()})
 
         try:
-            with bars.run(self.last_step, self.step_number):
+            with bars.run(self.last_step, self.step_number), self.checkpoints.finishing():
                 if self.step_number == 0 and self.config.val_at_start and self.inputs.validation:
                     record(self._validate(first=True) | self._memory())
                 while self.step_number < self.last_step:
@@ -135,6 +149,7 @@ class Runner:
                     if self._validation_due():
                         found |= self._validate(first=not self._validated_before())
                     record(found)
+                    self.checkpoints.poll()
                     late = deadline is not None and time.monotonic() - began > deadline
                     if self._checkpoint_due() or late:
                         self._save(found, elapsed())
@@ -153,6 +168,8 @@ class Runner:
         try:
             return self.step()
         except NonFiniteLoss as error:
+            with suppress(CheckpointError):
+                self.checkpoints.finish()
             kept = self.checkpoints.steps()
             where = f"the last good checkpoint is {self.checkpoints.path(kept[-1])}" if kept else "no checkpoint yet"
             raise NonFiniteLoss(f"step {self.step_number + 1}: {error} ({where}).") from error
@@ -188,11 +205,9 @@ class Runner:
         """Take up the newest checkpoint, if there is one."""
         if not self.recipe.checkpointing.enabled:
             return None
-        loaded = self.checkpoints.load_newest(lambda: self.student.run(Student.state_dict))
-        if loaded is None:
+        info = self.checkpoints.load_newest()
+        if info is None:
             return None
-        info, state = loaded
-        self.student.run(Student.load_state_dict, state)
         self.generation.run(Generation.adopt, self.student.worker.version)
         self.step_number, self.total_tokens = info.step, info.total_tokens
         self.prompts.consumed = info.consumed_prompts
@@ -203,8 +218,7 @@ class Runner:
         with self.spans.measure("checkpoint"):
             info = TrainingInfo(self.step_number, self.prompts.consumed, self.total_tokens, elapsed, found)
             export = self._export if self.recipe.checkpointing.save_consolidated else None
-            state = self.student.run(Student.state_dict)
-            self.checkpoints.save(info, state, self.loaded.to_yaml(), export)
+            self.checkpoints.save(info, self.loaded.to_yaml(), export)
 
     def _export(self, path: Path) -> None:
         self.student.run(Student.export, path)

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from transformers.utils import logging as transformers_logging
+from torch.distributed.device_mesh import DeviceMesh
 
-from fastkd import models, optim, packing
-from fastkd.batch import Rollout, pack
+from fastkd import lora, lora_export, models, optim, packing, parallel, train_state, weights_export
+from fastkd.batch import Rollout, idle, pack
 from fastkd.config import Recipe
 from fastkd.errors import NonFiniteLoss
-from fastkd.kernels import TopK, TopKLoss
+from fastkd.kernels import TopK
 from fastkd.log import bars
-from fastkd.losses import Divergence, StudentModel
+from fastkd.losses import Divergence, FusedLoss, PackedModel
+from fastkd.state_files import Files, StateFiles
 
 # Per-token figures of the fused loss that become metrics: name in TopKLoss → name in metrics.jsonl.
 _PER_TOKEN = {
@@ -36,26 +37,33 @@ _PER_TOKEN = {
 
 
 class Student:
-    """A model with its optimizer and schedule."""
+    """A model with its optimizer and schedule.
 
-    def __init__(self, recipe: Recipe, device: torch.device, valid_vocab: int | None):
+    With a mesh it is one rank of a group: every rank calls the same methods with the same rollouts, works on its own
+    share of them, and returns the same metrics.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, valid_vocab: int | None, mesh: DeviceMesh | None = None):
         self.policy = recipe.policy
-        self.device = device
+        self.device, self.mesh, self.valid_vocab = device, mesh, valid_vocab
         loss = recipe.loss_fn
         self.divergence = Divergence(loss.kl_type, loss.outside, loss.mixed_kl_weight, loss.jsd_beta, loss.temperature)
+        adapters = self.policy.dtensor_cfg.lora_cfg
+        self.adapters = adapters if adapters.enabled else None
         # float32 masters; with precision bfloat16 the forward and backward run in bf16 under autocast, so small
-        # updates are never lost to a bf16 weight's 8 bits.
-        causal_lm = models.load_causal_lm(
-            "policy.model_name", self.policy.model_name, dtype=torch.float32, device=device
+        # updates are never lost to a bf16 weight's 8 bits. A frozen base has no updates; its adapters are float32.
+        self.model = PackedModel.load(
+            "policy",
+            self.policy,
+            device,
+            mesh,
+            torch.float32 if self.adapters is None else models.DTYPES[self.policy.precision],
+            trained=True,
+            adapters=self.adapters,
+            seed=recipe.distillation.seed,
         )
-        if self.policy.dtensor_cfg.activation_checkpointing:
-            # The method's name depends on the transformers version. use_reentrant=False keeps autocast and works on
-            # a frozen input; the fused head stays outside.
-            enable = getattr(causal_lm, "activation_checkpointing_enable", None)
-            (enable or causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
-        self.causal_lm = causal_lm.train()
-        self.model = StudentModel(causal_lm, valid_vocab)
-        self.parameters = [p for p in causal_lm.parameters() if p.requires_grad]
+        self.causal_lm = self.model.causal_lm
+        self.parameters = [p for p in self.causal_lm.parameters() if p.requires_grad]
         self.optimizer = optim.build_optimizer(self.policy.optimizer, self.parameters)
         self.scheduler = optim.build_scheduler(self.policy, self.optimizer)
         self.version = 0
@@ -63,8 +71,9 @@ class Student:
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """Compute dtype when it differs from the float32 masters."""
-        return None if self.policy.precision == "float32" else models.DTYPES[self.policy.precision]
+        """Compute dtype when it differs from the weights'. A sharded model casts the weights it gathers."""
+        plain = self.policy.precision == "float32" or self.mesh is not None or self.adapters is not None
+        return None if plain else models.DTYPES[self.policy.precision]
 
     def autocast(self) -> AbstractContextManager:
         """The context that model code runs in."""
@@ -95,6 +104,8 @@ class Student:
         if tokens == 0:
             bars.advance(len(rollouts))
             return {}  # every prompt was masked: nothing to learn from, and no step with stale momentum
+        if self.adapters is not None:
+            lora.set_step(self.causal_lm, self.version)
         sums: dict[str, Tensor] = {}
         for loss, count in self._forward(rollouts, targets, weight=1.0 / tokens, divergence=self.divergence):
             loss.loss.backward()
@@ -104,10 +115,11 @@ class Student:
                 if value is not None:
                     _accumulate(sums, name, value.float().sum() / tokens)
             bars.advance(count)
-        norm = optim.clip_grad_norm(self.parameters, self.policy.max_grad_norm)
-        # One host synchronisation per optimizer step: everything that must be known before the weights change.
+        norm = parallel.clip_grad_norm(self.parameters, self.policy.max_grad_norm)
         names = list(sums)
-        values = torch.stack([*(sums[name].float() for name in names), norm.float()]).tolist()
+        totals = parallel.sum_over_data(torch.stack([sums[name].float() for name in names]), self.mesh)
+        # One host synchronisation per optimizer step: everything that must be known before the weights change.
+        values = torch.cat((totals, norm.float().to(totals.device)[None])).tolist()
         metrics = dict(zip([*names, "train/grad_norm"], values, strict=True))
         if not all(torch.isfinite(torch.tensor([metrics["train/loss"], metrics["train/grad_norm"]]))):
             self.optimizer.zero_grad(set_to_none=True)
@@ -122,14 +134,17 @@ class Student:
         return metrics | {"train/global_valid_toks": float(tokens)}
 
     def _forward(self, rollouts, targets, *, weight: float, divergence: Divergence):
-        """Yields (TopKLoss, sequences) per micro-batch; the caller runs backward before asking for the next."""
+        """Yields (TopKLoss, sequences) per micro-batch of this rank; the caller runs backward before the next."""
         lengths = [rollout.packed_length for rollout in rollouts]
-        for indices in packing.for_policy(self.policy, lengths, training=True):
-            batch = pack([rollouts[index] for index in indices]).to(self.device)
+        bins = packing.for_policy(self.policy, lengths, training=True)
+        rank, ranks = parallel.data_rank(self.mesh)
+        for indices in packing.assign(bins, lengths, ranks)[rank]:
+            batch = pack([rollouts[index] for index in indices]) if indices else idle()
+            batch = batch.to(self.device)
             teacher = _concatenate([targets[index] for index in indices], self.device)
             weights_A = torch.full((len(batch.labels_A),), weight, device=self.device)
             with self.autocast():
-                loss: TopKLoss = self.model(batch, teacher, divergence, weights_A)
+                loss = self.model(batch, FusedLoss(divergence, teacher, weights_A, self.valid_vocab))
             yield loss, len(indices)
 
     @torch.no_grad()
@@ -152,43 +167,49 @@ class Student:
             wanted["loss"] = self.divergence
         for name, divergence in wanted.items():
             parts = [loss.loss for loss, _ in self._forward(rollouts, targets, weight=1.0, divergence=divergence)]
-            result[name] = float(sum(parts)) / max(tokens, 1)
+            total = torch.stack(parts).sum() if parts else torch.zeros((), device=self.device)
+            result[name] = float(parallel.sum_over_data(total, self.mesh)) / max(tokens, 1)
         self.causal_lm.train()
         return result
 
     def export(self, path: Path) -> None:
-        """Write the weights in Hugging Face format, in the recipe's precision."""
-        dtype = models.DTYPES[self.policy.precision]
-        state = {name: tensor.to(dtype) for name, tensor in self.causal_lm.state_dict().items()}
-        config_dtype, self.causal_lm.config.dtype = self.causal_lm.config.dtype, dtype
-        transformers_logging.disable_progress_bar()
-        try:
-            self.causal_lm.save_pretrained(path, state_dict=state)
-        finally:
-            self.causal_lm.config.dtype = config_dtype
-        for file in path.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors makes its files readable by the owner alone
+        """Write the weights in Hugging Face format, in the recipe's precision; every rank calls it.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that training depends on, keyed by parameter name: weights, optimizer, schedule, version."""
-        model, optimizer = get_state_dict(self.causal_lm, self.optimizer)
-        return {
-            "model": model,
-            "optimizer": optimizer,
-            "scheduler": self.scheduler.state_dict(),
-            "version": torch.tensor(self.version),
-        }
+        Adapters are merged into the weights, and written by themselves to ``adapter/`` in PEFT's format.
+        """
+        weights_export.export(self.causal_lm, path, models.DTYPES[self.policy.precision])
+        if self.adapters is not None:
+            lora_export.export(self.causal_lm, path / "adapter", self.policy.model_name)
+            parallel.meet(self.mesh)  # the first rank writes: nobody goes on before the files are there
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self, *, room: bool = False) -> dict[str, Any]:
+        """Everything that training depends on, by parameter name; ``fastkd.train_state.capture`` explains."""
+        return train_state.capture(self.causal_lm, self.optimizer, self.scheduler, self.version, room=room)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
-        set_state_dict(
-            self.causal_lm,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.version = int(state["version"])
+        self.version = train_state.restore(state, self.causal_lm, self.optimizer, self.scheduler)
+
+    @cached_property
+    def _files(self) -> StateFiles:
+        return StateFiles()
+
+    def save(self, path: Path, asynchronous: bool) -> None:
+        """Write this rank's part of the state into a folder, in the background if asked to; ``saved`` tells the end."""
+        self._files.save(self.state_dict(), path, asynchronous=asynchronous)
+
+    def saved(self, wait: bool) -> Files | None:
+        """The files that all ranks have written since ``save``, or None while they write. OSError: one could not."""
+        return self._files.saved(wait)
+
+    def load(self, path: Path) -> None:
+        """Take up a state, whatever the layout it was written in. Raises CheckpointError: it does not fit."""
+        self.load_state_dict(self._files.load(self.state_dict(room=True), path))
+
+
+_NO_ROWS = TopK(torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, 1), torch.zeros(0), torch.zeros(0))
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -197,7 +218,7 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 def _concatenate(rows: Sequence[TopK | None], device: torch.device) -> TopK:
     """The teacher rows of one micro-batch, in its order."""
-    present = [row for row in rows if row is not None]
+    present = [row for row in rows if row is not None] or [_NO_ROWS]
     fields = [
         torch.cat(parts).to(device) if parts[0] is not None else None  # pyright: ignore[reportArgumentType]
         for parts in zip(*present, strict=True)

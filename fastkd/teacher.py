@@ -5,37 +5,69 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
-from fastkd import models, packing
-from fastkd.batch import Rollout, pack
+from fastkd import lora, models, packing, parallel
+from fastkd.batch import Rollout, idle, pack
 from fastkd.config import Recipe
 from fastkd.kernels import TopK
 from fastkd.log import bars
-from fastkd.losses import TeacherModel
+from fastkd.losses import FusedTopK, PackedModel
+
+
+def is_base_of(recipe: Recipe) -> bool:
+    """Whether the student's frozen base can stand for the teacher: same checkpoint and precision, same sharding."""
+    policy, teacher = recipe.policy, recipe.teacher
+    keys = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel", "cpu_offload")
+    return (
+        policy.dtensor_cfg.lora_cfg.enabled
+        and policy.model_name == teacher.model_name
+        and policy.precision == teacher.precision
+        and all(getattr(policy.dtensor_cfg, key) == getattr(teacher.dtensor_cfg, key) for key in keys)
+    )
 
 
 class Teacher:
-    """A frozen model that scores the student's samples."""
+    """A frozen model that scores the student's samples.
 
-    def __init__(self, recipe: Recipe, device: torch.device, valid_vocab: int | None):
+    With a mesh it is one rank of a group: every rank calls the same methods with the same rollouts.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        valid_vocab: int | None,
+        mesh: DeviceMesh | None = None,
+        shared: PackedModel | None = None,
+    ):
+        """``shared``: a student that trains adapters over the teacher's checkpoint; its frozen base is the teacher."""
         self.policy = recipe.teacher
-        self.device = device
-        causal_lm = models.load_causal_lm(
-            "teacher.model_name",
-            self.policy.model_name,
-            dtype=models.DTYPES[self.policy.precision],
-            device=device,
-        )
-        self.causal_lm = causal_lm.requires_grad_(False).eval()
-        self.model = TeacherModel(causal_lm, recipe.distillation.topk_logits_k, recipe.loss_fn.temperature, valid_vocab)
+        self.device, self.mesh = device, mesh
+        dtype = models.DTYPES[self.policy.precision]
+        self.model = shared or PackedModel.load("teacher", self.policy, device, mesh, dtype, trained=False)
+        self.causal_lm = self.model.causal_lm
+        self.head = FusedTopK(recipe.distillation.topk_logits_k, recipe.loss_fn.temperature, valid_vocab)
 
+    @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[TopK | None]:
-        """Top-K rows of each rollout, [n, K] for its n response tokens; None for a rollout without a response."""
+        """Top-K rows of each rollout, [n, K] for its n response tokens.
+
+        None for a rollout without a response and, in a group, for those that other data-parallel ranks scored.
+        """
+        with lora.disabled(self.causal_lm):
+            return self._score(rollouts)
+
+    def _score(self, rollouts: Sequence[Rollout]) -> list[TopK | None]:
         scored: list[TopK | None] = [None] * len(rollouts)
         lengths = [rollout.packed_length for rollout in rollouts]
-        for indices in packing.for_policy(self.policy, lengths, training=False):
-            batch = pack([rollouts[index] for index in indices])
-            rows = self.model(batch.to(self.device))
+        bins = packing.for_policy(self.policy, lengths, training=False)
+        rank, ranks = parallel.data_rank(self.mesh)
+        for indices in packing.assign(bins, lengths, ranks)[rank]:
+            batch = pack([rollouts[index] for index in indices]) if indices else idle()
+            rows = self.model(batch.to(self.device), self.head)
+            if not indices:
+                continue
             # One split per field keeps the rows as views of one tensor: nothing is copied until it is shipped.
             fields = [field.split(batch.responses) if field is not None else (None,) * len(indices) for field in rows]
             for index, parts in zip(indices, zip(*fields, strict=True), strict=True):

@@ -152,3 +152,18 @@ def test_a_part_has_a_process_of_its_own(report, tmp_path):
     part = json.loads((tmp_path / "parts" / "memory.json").read_text())
     assert part["status"] == "done" and part["small"] is True
     assert "× less" in (tmp_path / "report.md").read_text()
+
+
+def test_the_sharded_step_is_checked_against_one_process(importable):
+    from benchmarks import bench_sharded
+
+    model = bench_sharded.MODEL | dict(vocab_size=301, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    job = bench_sharded.JOB | dict(model=model, k=8, sequences=3, length=24, mb_tokens=48, steps=1)
+    alone, split = bench_sharded.table(job, [bench_sharded.LAYOUTS[0], bench_sharded.LAYOUTS[2]])
+    assert (alone["ranks"], split["ranks"]) == (1, 2) and "tp 2 + sequence parallel" in split["layout"]
+    assert alone["× one process"] == 1.0
+    for row in (alone, split):
+        named = sum(row[f"{phase} ms"] for phase in ("forward", "loss", "backward", "optimizer"))
+        assert 0.5 * row["step ms"] < named <= 1.5 * row["step ms"]
+        assert row["tokens/s"] > 0 and row["peak MB per rank"] > 50
+    assert split["communication ms"] > 0

@@ -11,21 +11,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The house, bottom up. A package (config, checks) is one room. docs/architecture.md explains the rooms.
 FLOORS = [
-    "errors files log profiling sampling attention plot _kernels.reference _kernels.rows _kernels.row_topk"
-    " _kernels.tuning",
-    "config batch _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"
+    "errors files log profiling sampling attention collectives plot _kernels.reference _kernels.rows"
+    " _kernels.row_topk _kernels.tuning",
+    "config batch process_group tensor_styles block_compile safetensors_files state_files train_state"
+    " _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"
     " _kernels.triton_lanes _kernels.triton_sum",
-    "recipe metrics packing optim data models checkpoint pools evaluate _kernels.problem _kernels.triton_math"
-    " _kernels.triton_stats _kernels.triton_topk",
-    "checks driver _kernels.linear_topk _kernels.row_finish",
-    "describe _kernels.triton_finish",
-    "_kernels.row_passes",
-    "_kernels.heads",
+    "recipe metrics packing optim data checkpoint pools evaluate lora_choice context_parallel tensor_plan"
+    " _kernels.problem _kernels.triton_math _kernels.triton_stats _kernels.triton_topk",
+    "lora parallel checks _kernels.linear_topk _kernels.row_finish",
+    "weights lora_export describe _kernels.triton_finish",
+    "models weights_export _kernels.row_passes",
+    "driver _kernels.heads",
     "_kernels.linear_kl_low",
     "_kernels.linear_kl",
     "_kernels.ops",
     "report kernels",
-    "losses rollout",
+    "losses rollout payload",
     "teacher student",
     "validate",
     "runner",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastkd.packing import ALGORITHMS, microbatches
+from fastkd.packing import ALGORITHMS, assign, microbatches
 
 lengths_and_capacity = st.tuples(st.lists(st.integers(0, 60), max_size=60), st.integers(1, 64))
 
@@ -55,3 +55,31 @@ def test_typical_rollouts_pack_tightly():
     lengths = [rng.randint(40, 70) for _ in range(64)]
     bins = microbatches(lengths, tokens=512)
     assert len(bins) == math.ceil(sum(lengths) / 512)
+
+
+@given(lengths_and_capacity, st.integers(1, 9))
+def test_every_rank_gets_as_many_micro_batches(case, ranks):
+    lengths, capacity = case
+    bins = microbatches(lengths, tokens=capacity)
+    dealt = assign(bins, lengths, ranks)
+    assert len(dealt) == ranks and len({len(one) for one in dealt}) == 1
+    assert sorted(i for own in dealt for one in own for i in one) == sorted(i for one in bins for i in one)
+    for one in (one for own in dealt for one in own):
+        assert len(one) <= 1 or sum(lengths[i] for i in one) <= capacity
+    assert len(dealt[0]) == -(-len(bins) // ranks)
+
+
+def test_tokens_are_balanced_over_ranks():
+    rng = random.Random(0)
+    lengths = [rng.randint(200, 4000) for _ in range(512)]
+    dealt = assign(microbatches(lengths, tokens=20_480), lengths, 8)
+    totals = [sum(lengths[i] for one in own for i in one) for own in dealt]
+    assert max(totals) <= 1.02 * sum(totals) / 8
+    for round_ in zip(*dealt, strict=True):  # and so are the micro-batches that run at the same time
+        sizes = [sum(lengths[i] for i in one) for one in round_]
+        assert max(sizes) <= 1.25 * min(sizes)
+
+
+def test_fewer_sequences_than_ranks_leave_empty_micro_batches():
+    assert assign([[0, 1]], [5, 3], 4) == [[[0]], [[1]], [[]], [[]]]
+    assert assign([[0], [1]], [5, 3], 1) == [[[0], [1]]]

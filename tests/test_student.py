@@ -9,7 +9,7 @@ from fastkd import optim
 from fastkd.batch import pack
 from fastkd.errors import NonFiniteLoss, RecipeError
 from fastkd.kernels import TopK
-from fastkd.losses import Divergence, StudentModel, TeacherModel
+from fastkd.losses import Divergence, FusedLoss, FusedTopK, PackedModel
 from fastkd.models import packed_hidden
 from fastkd.recipe import recipe_from
 from fastkd.student import Student
@@ -20,14 +20,14 @@ DIVERGENCE = Divergence("reverse", "bucket")
 
 def gradients(model, rollouts, targets, bins, autocast=False):
     """Gradients by parameter name when the rollouts are split into micro-batches as given."""
-    student = StudentModel(model)
+    student = PackedModel(model)
     tokens = sum(len(one.response) for one in rollouts)
     for indices in bins:
         batch = pack([rollouts[i] for i in indices])
         rows = TopK(*(torch.cat(parts) for parts in zip(*(targets[i] for i in indices), strict=True)))
         weights = torch.full((len(batch.labels_A),), 1 / tokens)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = student(batch, rows, DIVERGENCE, weights)
+            loss = student(batch, FusedLoss(DIVERGENCE, rows, weights))
         loss.loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -35,11 +35,10 @@ def gradients(model, rollouts, targets, bins, autocast=False):
 
 
 def score(teacher, rollouts, k=8):
-    head = TeacherModel(teacher, k)
-    return [
-        TopK(*(field.float() if field.is_floating_point() else field for field in head(pack([one]))))
-        for one in rollouts
-    ]
+    root = PackedModel(teacher)
+    with torch.no_grad():
+        rows = [root(pack([one]), FusedTopK(k)) for one in rollouts]
+    return [TopK(*(field.float() if field.is_floating_point() else field for field in row)) for row in rows]
 
 
 BINS = [[[0, 1, 2, 3, 4, 5, 6]], [[i] for i in range(7)], [[6, 2], [0, 5, 1], [4, 3]], [[3, 1, 0], [2, 4, 5, 6]]]
@@ -89,9 +88,9 @@ def test_the_fused_head_equals_dense_autograd(tiny_qwen3, rollouts):
     batch = pack(sequences)
     with torch.no_grad():
         teacher_logits = (packed_hidden(teacher, batch) @ teacher.lm_head.weight.T)[batch.active_A]
-    rows = TeacherModel(teacher, 101)(batch)
+        rows = PackedModel(teacher)(batch, FusedTopK(101))
     weights = torch.full((len(batch.labels_A),), 1 / len(batch.labels_A))
-    fused = StudentModel(model)(batch, rows, DIVERGENCE, weights).loss
+    fused = PackedModel(model)(batch, FusedLoss(DIVERGENCE, rows, weights)).loss
     fused.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -238,3 +237,44 @@ def test_bad_optimizers_are_named(arithmetic, policy, message):
     with pytest.raises(RecipeError, match=message):
         config = recipe(arithmetic, **policy).policy
         optim.build_scheduler(config, optim.build_optimizer(config.optimizer, [parameter]))
+
+
+def test_adapters_learn_over_a_frozen_base_that_is_the_teacher(arithmetic, rollouts, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from fastkd.models import load_causal_lm
+    from fastkd.teacher import is_base_of
+
+    lora = {"lora_cfg": {"enabled": True, "dim": 8, "dropout": 0.1}}
+    config = recipe(arithmetic, dtensor_cfg=lora, optimizer={"name": "AdamW", "kwargs": {"lr": 1e-2}})
+    student, teacher = Student(config, CPU, None), Teacher(config, CPU, None)
+    assert not is_base_of(config)  # the teacher is another checkpoint
+    base = {name: p.clone() for name, p in student.causal_lm.named_parameters() if not p.requires_grad}
+    sequences = rollouts(8)
+    targets = teacher.score(sequences)
+    before = student.divergences(sequences, targets)["kl"]
+    for _ in range(20):
+        student.train(sequences, targets)
+    after = student.divergences(sequences, targets)["kl"]
+    assert after < 0.7 * before
+    kept = dict(student.causal_lm.named_parameters())
+    assert base and all(torch.equal(value, kept[name]) for name, value in base.items())
+
+    # The same weights without adapters are a teacher of their own: the base as it was loaded.
+    same = config.model_copy(
+        update={"teacher": config.teacher.model_copy(update={"model_name": config.policy.model_name})}
+    )
+    assert is_base_of(same)
+    shared = Teacher(same, CPU, None, shared=student.model).score(sequences)
+    separate = Teacher(same, CPU, None).score(sequences)
+    for ours, theirs in zip(shared, separate, strict=True):
+        assert torch.equal(ours.indices, theirs.indices) and torch.equal(ours.logits, theirs.logits)
+
+    student.export(tmp_path / "export")
+    assert (tmp_path / "export" / "adapter" / "adapter_model.safetensors").is_file()
+    merged = load_causal_lm("key", str(tmp_path / "export"), dtype=torch.float32, device=CPU)
+    batch = pack(sequences)
+    with torch.no_grad():
+        student.causal_lm.eval()
+        torch.testing.assert_close(packed_hidden(merged, batch), packed_hidden(student.causal_lm, batch))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "export").config.dtype == torch.float32

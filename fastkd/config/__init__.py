@@ -14,6 +14,7 @@ from fastkd.config.data import Data, Dataset, Env, MathEnv
 from fastkd.config.distillation import ContextDistillation, Distillation, ResourceIsolation, Role, Roles
 from fastkd.config.generation import Generation, VLLMConfig
 from fastkd.config.logger import Checkpointing, Cluster, Logger
+from fastkd.config.lora import LoRA
 from fastkd.config.loss import KLType, LossFn, Outside
 from fastkd.config.policy import Optimizer, Policy, Scheduler, Teacher, Tokenizer
 
@@ -27,6 +28,7 @@ __all__ = [
     "Env",
     "Generation",
     "KLType",
+    "LoRA",
     "Logger",
     "LossFn",
     "MathEnv",

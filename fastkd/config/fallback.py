@@ -22,6 +22,7 @@ def fall_back(tree: dict[str, Any], without: list[str]) -> set[str]:
     source = copy.deepcopy(tree)
     for name in without:
         remove(source, name)
+    remove(source, "policy.dtensor_cfg.lora_cfg")  # adapters belong to the student
     filled: set[str] = set()
 
     # The name of the teacher never falls back: a forgotten one would distil the student into itself, unnoticed.

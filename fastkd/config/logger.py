@@ -99,6 +99,8 @@ class Checkpointing(Section):
     """File format of exported weights."""
     save_consolidated: bool = False
     """Also write a Hugging Face folder with each checkpoint."""
+    is_async: bool = True
+    """Write in the background while training goes on; needs host memory for a copy of weights and optimizer state."""
 
 
 class Cluster(Section):

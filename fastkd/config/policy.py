@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from fastkd.config.base import Count, Positive, Section, broken_rule, derived, section
 from fastkd.config.generation import Generation
+from fastkd.config.lora import LoRA
 
 
 class Tokenizer(Section):
@@ -37,6 +38,15 @@ class DTensorConfig(Section):
     """Recompute activations in the backward pass instead of keeping them."""
     cpu_offload: bool = False
     """Keep weights and optimizer state in host memory."""
+    torch_compile: bool = False
+    """Compile every block of a sharded model with `torch.compile`."""
+
+
+class StudentDTensorConfig(DTensorConfig):
+    """Sharding of the student, and what of it is trained."""
+
+    lora_cfg: LoRA = section(LoRA)
+    """Adapters in place of training all weights."""
 
 
 class SequencePacking(Section):
@@ -143,6 +153,8 @@ class Teacher(Section):
 class Policy(Teacher):
     """The student: what the teacher has, plus training and generation."""
 
+    dtensor_cfg: StudentDTensorConfig = section(StudentDTensorConfig)
+    """Sharding."""
     train_global_batch_size: Count = 64
     """Rollouts per optimizer step, over all data-parallel ranks."""
     train_micro_batch_size: Count = 1
