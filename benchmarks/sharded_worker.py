@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from fastkd import attention, packing, parallel
+from fastkd import attention, grad_norm, packing, parallel
 from fastkd.batch import Prompt, Rollout, pack
 from fastkd.kernels import TopK
 from fastkd.losses import Divergence, FusedLoss, PackedModel
@@ -109,7 +109,7 @@ class Step:
             with self.phase("backward"):
                 out.loss.backward()
         with self.phase("optimizer"):
-            parallel.clip_grad_norm(self.root.parameters(), 1.0)
+            grad_norm.clip_grad_norm(self.root.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return float(parallel.sum_over_data(loss, self.mesh))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastkd import lora, lora_export, models, optim, packing, parallel, train_state, weights_export
+from fastkd import grad_norm, lora, lora_export, models, optim, packing, parallel, train_state, weights_export
 from fastkd.batch import Rollout, idle, pack
 from fastkd.config import Recipe
 from fastkd.errors import NonFiniteLoss
@@ -115,7 +115,7 @@ class Student:
                 if value is not None:
                     _accumulate(sums, name, value.float().sum() / tokens)
             bars.advance(count)
-        norm = parallel.clip_grad_norm(self.parameters, self.policy.max_grad_norm)
+        norm = grad_norm.clip_grad_norm(self.parameters, self.policy.max_grad_norm)
         names = list(sums)
         totals = parallel.sum_over_data(torch.stack([sums[name].float() for name in names]), self.mesh)
         # One host synchronisation per optimizer step: everything that must be known before the weights change.

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The house, bottom up. A package (config, checks) is one room. docs/architecture.md explains the rooms.
 FLOORS = [
-    "errors files log profiling sampling attention collectives plot _kernels.reference _kernels.rows"
+    "errors files log profiling sampling attention collectives grad_norm plot _kernels.reference _kernels.rows"
     " _kernels.row_topk _kernels.tuning",
     "config batch process_group tensor_styles block_compile safetensors_files state_files train_state"
     " _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 from parallel_worker import CLIP, EXACT, SEQUENCE, Case, build, data, error, step, whole
 
-from fastkd import lora, lora_export, parallel
+from fastkd import grad_norm, lora, lora_export, parallel
 from fastkd.batch import pack
 from fastkd.config import LoRA
 from fastkd.losses import PackedModel
@@ -109,7 +109,7 @@ def check(wanted: Adapted, tp: int, dp: int, cp: int, folder: Path) -> float:
     mine = slice(mesh["dp"].get_local_rank(), None, dp)
     one_batch = dropout or "compile_blocks" in wanted.case.options
     size = (8 if one_batch else 2) if wanted.case.packed else 1
-    got = results(root, rollouts[mine], rows[mine], size, total, parallel.clip_grad_norm)
+    got = results(root, rollouts[mine], rows[mine], size, total, grad_norm.clip_grad_norm)
     got_loss = parallel.sum_over_data(torch.tensor(got[0]), mesh)
 
     errors = {"loss": abs(got_loss.item() - loss) / abs(loss), "norm": error(got[1], norm)}

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from fastkd import attention, parallel
+from fastkd import attention, grad_norm, parallel
 from fastkd.batch import Prompt, Rollout, idle, pack
 from fastkd.kernels import TopK, vocab_topk
 from fastkd.losses import Divergence, FusedLoss, FusedTopK, PackedModel
@@ -188,7 +188,7 @@ def check(case: Case, tp: int, dp: int, cp: int) -> float:
     parallel.shard(root, root.causal_lm, mesh, **case.options)
     mine = slice(mesh["dp"].get_local_rank(), None, dp)
     size = 2 if case.packed else 1
-    got = results(root, rollouts[mine], rows[mine], size, total, parallel.clip_grad_norm)
+    got = results(root, rollouts[mine], rows[mine], size, total, grad_norm.clip_grad_norm)
     got_loss = parallel.sum_over_data(torch.tensor(got[0]), mesh)
 
     errors = {"loss": abs(got_loss.item() - loss) / abs(loss), "norm": error(got[1], norm)}
@@ -261,7 +261,7 @@ def check_mixed_meshes(tp: int, dp: int):
         parameters.append(nn.Parameter(torch.zeros_like(sharded)))
         parameters[-1].grad = sharded
     for clip, wanted in ((None, squares.sqrt()), (1.0, squares.sqrt()), (None, torch.tensor(1.0))):
-        torch.testing.assert_close(parallel.clip_grad_norm(parameters, clip), wanted, rtol=1e-5, atol=0)
+        torch.testing.assert_close(grad_norm.clip_grad_norm(parameters, clip), wanted, rtol=1e-5, atol=0)
 
 
 def main(rendezvous: str, world: int, rank: int):

@@ -33,7 +33,7 @@ CASES = {
 }
 
 
-def recipe(folder: Path, sharding: dict, precision: str, packed: bool):
+def recipe(folder: Path, sharding: dict, precision: str, packed: bool, fused: bool = False):
     return recipe_from(
         {
             "distillation": {"topk_logits_k": 16, "num_prompts_per_step": 14},
@@ -48,7 +48,7 @@ def recipe(folder: Path, sharding: dict, precision: str, packed: bool):
                 "dtensor_cfg": sharding,
                 "max_grad_norm": 0.05,
                 # A large eps: Adam divides by the gradient's size, and would make rounding errors large.
-                "optimizer": {"name": "torch.optim.AdamW", "kwargs": {"lr": 1e-3, "eps": 1e-3}},
+                "optimizer": {"name": "torch.optim.AdamW", "kwargs": {"lr": 1e-3, "eps": 1e-3, "fused": fused}},
             },
             "teacher": {"model_name": str(folder / "teacher")},
             "data": {"train": {"data_path": "unused.jsonl"}},
@@ -84,7 +84,7 @@ def error(got, wanted) -> float:
 
 
 def check(folder: Path, sharding: dict, precision: str, packed: bool) -> float:
-    config = recipe(folder, sharding, precision, packed)
+    config = recipe(folder, sharding, precision, packed, fused=not packed)
     sequences = rollouts()
     alone = Student(recipe(folder, {}, "float32", packed), torch.device("cpu"), 97)
     targets = Teacher(recipe(folder, {}, "float32", packed), torch.device("cpu"), 97).score(sequences)
