@@ -2,7 +2,7 @@
 
 Rank 0 is the driver too: what it calls on its Student, the others are told to call on theirs.
 
-Run as: checkpoint_worker.py RENDEZVOUS WORLD RANK FOLDER
+Run as: checkpoint_worker.py FOLDER RENDEZVOUS WORLD RANK
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def check_failures(folder: Path, layout: tuple[int, int, int]) -> None:
     group.drive(program)
 
 
-def main(rendezvous: str, world: int, rank: int, folder: Path) -> None:
+def main(folder: Path, rendezvous: str, world: int, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     torch.set_num_threads(1)
     for kind in KINDS:
@@ -261,4 +261,4 @@ def main(rendezvous: str, world: int, rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -5,8 +5,6 @@ One launch per number of ranks runs every pair of layouts (checkpoint_worker.py)
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -37,32 +35,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(ranks: int, folder: Path, scratch: Path) -> str:
-    """Every rank's program, to its end; what rank 0 printed."""
-    paths = [str(Path(worker.__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, worker.__file__, str(scratch / "rendezvous"), str(ranks)]
-    logs = [scratch / f"rank_{rank}.log" for rank in range(ranks)]  # files: a full pipe would stop a rank
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)], env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=600)
-    finally:
-        for process in processes:
-            process.kill()
-    messages = "\n".join(log.read_text()[-3000:] for log in logs)
-    assert [process.returncode for process in processes] == [0] * ranks, messages
-    return logs[0].read_text()
-
-
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_training_goes_on_in_another_layout(ranks, folder, tmp_path):
-    printed = launch(ranks, folder, tmp_path)
+def test_training_goes_on_in_another_layout(ranks, folder, tmp_path, launch):
+    printed = launch(worker.__file__, ranks, folder, tmp_path / "rendezvous")
     assert printed.count("largest relative error") == len(worker.KINDS) * len(worker.PAIRS[ranks]), printed
     # Back in one process, from every layout that saved.
     for kind in worker.KINDS:

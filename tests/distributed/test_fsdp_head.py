@@ -9,10 +9,7 @@ Letters: N tokens, D hidden, V vocabulary, K kept.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,24 +21,8 @@ RANKS, D, V, K = 2, 16, 101, 7
 TOKENS = [7, 5]  # of each rank
 
 
-def test_two_ranks_equal_one_process(tmp_path):
-    root = Path(__file__).resolve().parents[2]
-    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, __file__, str(tmp_path / "rendezvous")]
-    logs = [tmp_path / f"rank_{rank}.log" for rank in range(RANKS)]
-    workers = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=log.open("w"), text=True)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        for worker in workers:
-            worker.wait(timeout=300)
-    finally:
-        for worker in workers:
-            worker.kill()
-    messages = "\n".join(log.read_text()[-3000:] for log in logs)
-    assert [worker.returncode for worker in workers] == [0] * RANKS, messages
+def test_two_ranks_equal_one_process(tmp_path, launch):
+    launch(__file__, RANKS, tmp_path / "rendezvous")
 
 
 class Student(nn.Module):
@@ -164,8 +145,8 @@ def check_no_grad():
     assert torch.equal(before.per_token, again.per_token)
 
 
-def main(rendezvous: str, rank: int):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
+def main(rendezvous: str, ranks: int, rank: int):
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     check_float32()
     check_bfloat16()
     check_no_grad()
@@ -174,4 +155,4 @@ def main(rendezvous: str, rank: int):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

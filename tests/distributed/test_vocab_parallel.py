@@ -9,10 +9,7 @@ Letters: N tokens, D hidden, V vocabulary, K kept, R ranks.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,24 +27,8 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("ranks", WIDTHS)
-def test_ranks_equal_one_process(ranks, tmp_path):
-    root = Path(__file__).resolve().parents[2]
-    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, __file__, str(tmp_path / "rendezvous"), str(ranks)]
-    logs = [tmp_path / f"rank_{rank}.log" for rank in range(ranks)]  # files: a full pipe would stop a rank
-    workers = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=log.open("w"), text=True)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        for worker in workers:
-            worker.wait(timeout=300)
-    finally:
-        for worker in workers:
-            worker.kill()
-    messages = "\n".join(log.read_text()[-3000:] for log in logs)
-    assert [worker.returncode for worker in workers] == [0] * ranks, messages
+def test_ranks_equal_one_process(ranks, tmp_path, launch):
+    launch(__file__, ranks, tmp_path / "rendezvous")
 
 
 def shard_of(rank, ranks):

@@ -7,9 +7,6 @@ by two and by one.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,27 +15,6 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 WORKER = Path(__file__).with_name("weights_worker.py")
-
-
-def launch(folder: Path, ranks: int) -> str:
-    """Run the worker program; what the first rank printed."""
-    paths = [str(WORKER.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(WORKER), str(folder), str(ranks)]
-    logs = [folder / f"world_{ranks}_rank_{rank}.log" for rank in range(ranks)]  # files: a full pipe would stop a rank
-    workers = [
-        subprocess.Popen([*command, str(rank)], env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        for worker in workers:
-            worker.wait(timeout=600)
-    finally:
-        for worker in workers:
-            worker.kill()
-    messages = "\n".join(log.read_text()[-3000:] for log in logs)
-    assert [worker.returncode for worker in workers] == [0] * ranks, messages
-    return logs[0].read_text()
 
 
 def write_large(folder: Path):
@@ -63,11 +39,11 @@ def write_large(folder: Path):
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory):
+def four_ranks(tmp_path_factory, launch):
     """The shared folder after the launch of four ranks, with what they wrote, and their words."""
     folder = tmp_path_factory.mktemp("weights")
     write_large(folder / "large")
-    words = launch(folder, 4)
+    words = launch(WORKER, 4, folder)
     for heavy in ("large", "large_export"):
         for file in (folder / heavy).glob("*.safetensors"):
             file.unlink()
@@ -82,6 +58,6 @@ def test_four_ranks_load_and_export_with_little_memory(four_ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_other_numbers_of_ranks_load_what_four_wrote(four_ranks, ranks):
+def test_other_numbers_of_ranks_load_what_four_wrote(four_ranks, ranks, launch):
     folder, _ = four_ranks
-    launch(folder, ranks)
+    launch(WORKER, ranks, folder)

@@ -221,7 +221,8 @@ def check_memory(folder: Path, tp: int, dp: int):
     )
     assert total > 0.95e9 and shard < 0.27 * total
     assert shard <= loading.bytes < 1.3 * shard
-    assert writing.bytes < (1.7 if dist.get_rank() == 0 else 0.5) * largest  # the whole and a part; a part
+    # The whole, a part, and what waits to be written; a part elsewhere.
+    assert writing.bytes < (2.0 if dist.get_rank() == 0 else 0.5) * largest
     if dist.get_rank() == 0:
         from safetensors import safe_open
 
