@@ -29,8 +29,8 @@ from fastkd._kernels.rows import (
 from fastkd._kernels.tuning import use_triton
 from fastkd._kernels.vocab_parallel import Shards
 
-# On the CPU: enough rows for all threads.
-_SELECT_ROWS = 64
+# Logits that are selected from at a time on the CPU: enough for all threads, and for calls on small vocabularies.
+_SELECT_BYTES = 40 << 20
 
 
 def linear_topk(
@@ -93,7 +93,7 @@ def _local_topk(
             _store(result, part, topk_rows(chunk, columns, k, temperature, softcap))
             continue
         # A selection needs about a sixth of the logits' memory again: a block of rows at a time it hardly counts.
-        step = _SELECT_ROWS if on_host(hidden.device) else c
+        step = max(1, _SELECT_BYTES // (leading * dtype.itemsize)) if on_host(hidden.device) else c
         for first in range(0, c, step):
             rows = slice(first, min(first + step, c))
             found = _select(chunk[rows], columns, k, temperature, softcap)
