@@ -30,6 +30,10 @@ class Prompt:
     tokens: tuple[int, ...]
     masked: bool = False
     """Longer than data.max_input_seq_length: counted, never sampled, weight 0 in the loss."""
+    system: str | None = None
+    """The system message, when there is one: a teacher with a prompt of its own is given the same."""
+    columns: tuple[tuple[str, str | None], ...] = ()
+    """Cells of the dataset by column, that only the teacher reads."""
 
 
 @dataclass(frozen=True, slots=True)

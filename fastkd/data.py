@@ -18,6 +18,7 @@ import torch
 from fastkd.batch import Prompt
 from fastkd.config import Dataset, Recipe
 from fastkd.errors import DataError, ModelError, RecipeError, reason
+from fastkd.log import logger
 from fastkd.sampling import stable_seed
 
 Row = dict[str, Any]
@@ -47,7 +48,7 @@ class Problems:
     """Rows of one or more datasets, reduced to what a run needs."""
 
     rows: Sequence[Row]
-    """Each with problem, answer, and the index of its dataset section."""
+    """Each with problem, answer, columns (those that only a teacher reads), and the index of its dataset section."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,9 +62,10 @@ def load_problems(recipe: Recipe) -> tuple[Problems, Problems]:
     Raises:
         DataError: a dataset is missing, empty, lacks a column, or is smaller than one step's prompts.
     """
-    train, held_out = _load_sections("data.train", recipe.data.train)
+    context = recipe.distillation.context_distillation
+    train, held_out = _load_sections("data.train", recipe.data.train, context.columns)
     if recipe.data.validation:
-        validation, _ = _load_sections("data.validation", recipe.data.validation)
+        validation, _ = _load_sections("data.validation", recipe.data.validation, context.columns, optional=True)
     else:
         validation = held_out
     need = recipe.distillation.num_prompts_per_step
@@ -77,18 +79,20 @@ def load_problems(recipe: Recipe) -> tuple[Problems, Problems]:
     return Problems(train), Problems(validation[:limit] if limit else validation)
 
 
-def _load_sections(key: str, sections: Sequence[Dataset]) -> tuple[list[Row], list[Row]]:
+def _load_sections(
+    key: str, sections: Sequence[Dataset], columns: Sequence[str] = (), *, optional: bool = False
+) -> tuple[list[Row], list[Row]]:
     kept: list[Row] = []
     held_out: list[Row] = []
     for number, section in enumerate(sections):
         name = f"{key}.{number}" if len(sections) > 1 else key
-        rows, validation = _load_section(name, section)
+        rows, validation = _load_section(name, section, columns, optional)
         kept += [row | {"section": number} for row in rows]
         held_out += [row | {"section": number} for row in validation]
     return kept, held_out
 
 
-def _load_section(key: str, section: Dataset) -> tuple[list[Row], list[Row]]:
+def _load_section(key: str, section: Dataset, columns: Sequence[str], optional: bool) -> tuple[list[Row], list[Row]]:
     dataset, source = _open(key, section)
     input_key = section.input_key or (source.input_key if source else "input")
     output_key = section.output_key or (source.output_key if source else "output")
@@ -104,6 +108,7 @@ def _load_section(key: str, section: Dataset) -> tuple[list[Row], list[Row]]:
                 f"Set {key}.{setting}={near[0] if near else dataset.column_names[0]}",
                 value=column,
             )
+    columns = _present(key, columns, dataset.column_names, optional)
     if section.filter_column:
         column, value = section.filter_column, section.filter_value
         dataset = dataset.filter(lambda cell: cell == value or str(cell) == str(value), input_columns=column)
@@ -134,12 +139,40 @@ def _load_section(key: str, section: Dataset) -> tuple[list[Row], list[Row]]:
         dataset, validation = parts["train"], parts["test"]
 
     def rows(part: Any) -> list[Row]:
-        found = zip(part[input_key], part[output_key], strict=True)
+        found = zip(part[input_key], part[output_key], *(part[column] for column in columns), strict=True)
         return [
-            {"problem": str(problem), "answer": None if answer is None else str(answer)} for problem, answer in found
+            {
+                "problem": str(problem),
+                "answer": _text(answer),
+                "columns": tuple(zip(columns, map(_text, cells), strict=True)),
+            }
+            for problem, answer, *cells in found
         ]
 
     return rows(dataset) * section.repeat, rows(validation) if validation is not None else []
+
+
+def _text(cell: Any) -> str | None:
+    return None if cell is None else str(cell)
+
+
+def _present(key: str, wanted: Sequence[str], existing: Sequence[str], optional: bool) -> list[str]:
+    """Which of the columns that context distillation reads are there; all, unless they are optional."""
+    where = "distillation.context_distillation"
+    missing = [column for column in wanted if column not in existing]
+    if missing and not optional:
+        raise DataError(
+            where,
+            f"{key} has no column {', '.join(map(repr, missing))}, which static_trace.answer_column or "
+            f"teacher_prefix_template names; it has {', '.join(existing)}",
+            "Name a column that the dataset has, and double braces that are meant literally",
+        )
+    if missing:
+        logger.info(
+            f"{key} has no column {', '.join(map(repr, missing))}: {where}.trace_extractor.missing_trace_policy says "
+            "what the teacher reads when it validates"
+        )
+    return [column for column in wanted if column in existing]
 
 
 def _open(key: str, section: Dataset) -> tuple[Any, Source | None]:
@@ -234,16 +267,29 @@ class Renderer:
         ]
         encoded = self.tokenizer(texts, add_special_tokens=False).input_ids
         return [
-            Prompt(index, row["problem"], row["answer"], text, tuple(tokens), masked=len(tokens) > self.max_tokens)
+            Prompt(
+                index,
+                row["problem"],
+                row["answer"],
+                text,
+                tuple(tokens),
+                masked=len(tokens) > self.max_tokens,
+                system=self._system(row),
+                columns=row.get("columns", ()),
+            )
             for index, row, text, tokens in zip(indices, rows, texts, encoded, strict=True)
         ]
 
     def _messages(self, row: Row) -> list[dict[str, str]]:
         section = self.sections[row.get("section", 0)]
         messages = [{"role": "user", "content": self._user_text(section, row["problem"])}]
-        if section.system_prompt_file:
-            messages.insert(0, {"role": "system", "content": _read(section.system_prompt_file).strip()})
+        if (system := self._system(row)) is not None:
+            messages.insert(0, {"role": "system", "content": system})
         return messages
+
+    def _system(self, row: Row) -> str | None:
+        file = self.sections[row.get("section", 0)].system_prompt_file
+        return _read(file).strip() if file else None
 
     def _user_text(self, section: Dataset, problem: str) -> str:
         if not section.prompt_file:

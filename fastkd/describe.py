@@ -29,6 +29,7 @@ def outline(loaded: LoadedRecipe) -> list[str]:
             "teacher",
             f"{recipe.teacher.model_name}, {recipe.teacher.precision}, top {loop.topk_logits_k} logits per token",
         ),
+        *_context(loaded),
         ("loss", f"{divergence}; outside the top-k: {loss.outside}; temperature {loss.temperature:g}"),
         (
             "step",
@@ -81,6 +82,22 @@ def _validation(loaded: LoadedRecipe) -> str:
     temperature, _, _ = recipe.policy.generation.sampling(validation=True)
     how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     return f"{', '.join(when)}; {loop.max_val_samples or 'all'} samples, {how}"
+
+
+def _context(loaded: LoadedRecipe) -> list[tuple[str, str]]:
+    context = loaded.recipe.distillation.context_distillation
+    if not context.enabled:
+        return []
+    source = "the response" if context.trace_source == "dynamic" else f"column {context.static_trace.answer_column}"
+    weights = {"base_model": "frozen", "ema": f"their running mean, decay {context.ema_decay:g}", "live": "as they are"}
+    return [
+        (
+            "context",
+            f"the teacher reads a trace from {source}, prefix + response ≤ "
+            f"{loaded.recipe.teacher.max_total_sequence_length} tokens; "
+            f"the student's weights, {weights[context.frozen_teacher_source]}",
+        )
+    ]
 
 
 def _sharding(loaded: LoadedRecipe) -> str:

@@ -12,15 +12,16 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastkd import metrics, models, optim
-from fastkd.batch import Prompt
+from fastkd import metrics, models, optim, prefix_template
+from fastkd.batch import Prompt, Rollout
 from fastkd.config import Dataset, Recipe
+from fastkd.context_distillation import Readings, TeacherPrompts
 from fastkd.data import PromptStream, Renderer, load_problems
 from fastkd.errors import DataError, RecipeError
 from fastkd.files import write_json
@@ -40,6 +41,12 @@ class Inputs:
     student_vocab: int | None
     """Real rows of the student's LM head when it is padded (``valid_vocab``), else None."""
     teacher_vocab: int | None
+    teacher_prompts: TeacherPrompts | None = None
+    """What the teacher reads, when it is not what the student reads (context distillation)."""
+
+    def readings(self, rollouts: Sequence[Rollout]) -> Readings:
+        """A batch as the student and as the teacher read it."""
+        return self.teacher_prompts(rollouts) if self.teacher_prompts else Readings(rollouts, rollouts, {})
 
     @property
     def last_step(self) -> int:
@@ -61,7 +68,9 @@ def prepare(loaded: LoadedRecipe) -> Inputs:
     student_config = models.load_config("policy.model_name", policy.model_name)
     teacher_config = models.load_config("teacher.model_name", teacher.model_name)
     tokenizer = models.load_tokenizer("policy.tokenizer.name", policy.tokenizer.name, policy.tokenizer.chat_template)
-    teacher_tokenizer = models.load_tokenizer("teacher.tokenizer.name", teacher.tokenizer.name)
+    teacher_tokenizer = models.load_tokenizer(
+        "teacher.tokenizer.name", teacher.tokenizer.name, teacher.tokenizer.chat_template
+    )
     models.check_vocabularies(tokenizer, teacher_tokenizer, policy.tokenizer.name, teacher.tokenizer.name)
     vocab = min(len(tokenizer), student_config.vocab_size, teacher_config.vocab_size)
     if len(tokenizer) > vocab:
@@ -114,11 +123,20 @@ def prepare(loaded: LoadedRecipe) -> Inputs:
         validation,
         models.valid_vocab(tokenizer, student_config),
         models.valid_vocab(tokenizer, teacher_config),
+        _teacher_prompts(recipe, teacher_tokenizer),
     )
 
 
+def _teacher_prompts(recipe: Recipe, tokenizer: Any) -> TeacherPrompts | None:
+    context, teacher = recipe.distillation.context_distillation, recipe.teacher
+    if not context.enabled:
+        return None
+    return TeacherPrompts(context, tokenizer, teacher.tokenizer.chat_template_kwargs, teacher.max_total_sequence_length)
+
+
 def locate(loaded: LoadedRecipe) -> Recipe:
-    """The recipe with model, data and prompt paths made absolute where they exist on disk."""
+    """The recipe with model, data and prompt paths made absolute where they exist on disk, and the teacher's template
+    as text."""
     find = loaded.locate
 
     def dataset(one: Dataset) -> Dataset:
@@ -143,7 +161,19 @@ def locate(loaded: LoadedRecipe) -> Recipe:
             "validation": [dataset(one) for one in recipe.data.validation],
         }
     )
-    return recipe.model_copy(update={"policy": model(recipe.policy), "teacher": model(recipe.teacher), "data": data})
+    context = recipe.distillation.context_distillation
+    if context.enabled:
+        template = prefix_template.read(context.teacher_prefix_template, find)
+        context = context.model_copy(update={"teacher_prefix_template": template})
+    distillation = recipe.distillation.model_copy(update={"context_distillation": context})
+    return recipe.model_copy(
+        update={
+            "distillation": distillation,
+            "policy": model(recipe.policy),
+            "teacher": model(recipe.teacher),
+            "data": data,
+        }
+    )
 
 
 class RunFolder:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fastkd import context_distillation
 from fastkd.describe import outline
 from fastkd.driver import Inputs
 from fastkd.log import logger
@@ -26,13 +27,16 @@ def opening(loaded: LoadedRecipe, inputs: Inputs) -> None:
     )
     example = inputs.train.render([0], inputs.train.problems.rows[:1])[0]
     logger.info(f"{'a prompt':<12}{example.text!r} ({len(example.tokens)} tokens)")
+    if inputs.teacher_prompts:
+        logger.info(f"{'its teacher':<12}{inputs.teacher_prompts.example(example)!r}")
 
 
 def summarise(lines: Sequence[Mapping[str, float]], steps: int, tokens: int) -> dict[str, Any]:
     """The figures of ``summary.json`` from the lines of metrics.jsonl; None for what was not measured.
 
     accuracy_before / accuracy_after and kl_first / kl_last are those of the first and the last validation; KL is the
-    reverse KL to the teacher per response token, in nats, with one bucket for everything outside the top-k.
+    reverse KL to the teacher per response token, in nats, with one bucket for everything outside the top-k. With
+    context distillation also its ``context_distillation_*``: rates are means over the steps, counts are sums.
     """
 
     def values(name: str) -> list[float]:
@@ -53,7 +57,7 @@ def summarise(lines: Sequence[Mapping[str, float]], steps: int, tokens: int) -> 
         "steps": steps,
         "tokens": tokens,
         "seconds": last("timing/elapsed"),
-    }
+    } | context_distillation.summary(lines)
 
 
 def closing_table(summary: Mapping[str, Any], folder: Path) -> Table:

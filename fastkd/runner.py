@@ -23,7 +23,7 @@ from fastkd.report import closing_table, opening, summarise
 from fastkd.rollout import Generation, Request
 from fastkd.sampling import Sampler
 from fastkd.student import Student
-from fastkd.teacher import Teacher, is_base_of
+from fastkd.teacher import Teacher, shares_student
 from fastkd.validate import Validator
 
 
@@ -39,7 +39,7 @@ class Runner:
         self.spans = Spans()
         self.student = LocalPool("student", Student, recipe, self.device, inputs.student_vocab)
         student = self.student.worker
-        shared = student.model if is_base_of(recipe) else None
+        shared = student if shares_student(recipe) else None
         self.teacher = LocalPool("teacher", Teacher, recipe, self.device, inputs.teacher_vocab, None, shared)
         teacher = self.teacher.worker
         # In one process the student's own tensors generate: a sync has nothing to move.
@@ -61,6 +61,7 @@ class Runner:
             inputs.teacher_vocab,
             base=True,
         )
+        teacher_generation.worker.max_total_tokens = recipe.teacher.max_total_sequence_length
         self.validator = Validator(
             inputs,
             folder.path,
@@ -87,14 +88,15 @@ class Runner:
             prompts = self.prompts.next()
             with self._phase("sampling", "generation"):
                 rollouts = self.generation.run(Generation.sample, prompts, self._request())
+            readings = self.inputs.readings(rollouts)
             with self._phase("scoring", "teacher"):
-                targets = self.teacher.run(Teacher.score, rollouts)
+                targets = self.teacher.run(Teacher.score, readings.teacher)
             with self._phase("training", "training"):
-                trained = self.student.run(Student.train, rollouts, targets)
+                trained = self.student.run(Student.train, readings.student, targets)
             with self.spans.measure("sync"):
                 self.generation.run(Generation.adopt, self.student.worker.version)
         self.step_number += 1
-        return trained | self._rollout_metrics(rollouts)
+        return trained | self._rollout_metrics(rollouts) | readings.metrics
 
     @contextmanager
     def _phase(self, shown: str, span: str) -> Iterator[None]:

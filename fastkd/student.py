@@ -7,8 +7,8 @@ gradients do not depend on how sequences are packed into micro-batches; the sche
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from fastkd.errors import NonFiniteLoss
 from fastkd.kernels import TopK
 from fastkd.log import bars
 from fastkd.losses import Divergence, FusedLoss, PackedModel
+from fastkd.running_mean import RunningMean
 from fastkd.state_files import Files, StateFiles
 
 # Per-token figures of the fused loss that become metrics: name in TopKLoss → name in metrics.jsonl.
@@ -68,6 +69,12 @@ class Student:
         self.scheduler = optim.build_scheduler(self.policy, self.optimizer)
         self.version = 0
         """Optimizer steps taken; stamped on every rollout."""
+        context = recipe.distillation.context_distillation
+        self.lends_itself = context.shares_weights
+        self.mean: RunningMean | None = None
+        if context.enabled and context.frozen_teacher_source == "ema":
+            trained = {name: p for name, p in self.causal_lm.named_parameters() if p.requires_grad}
+            self.mean = RunningMean(self.model, trained, context.ema_decay)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -78,6 +85,25 @@ class Student:
     def autocast(self) -> AbstractContextManager:
         """The context that model code runs in."""
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    @contextmanager
+    def as_teacher(self) -> Iterator[None]:
+        """Inside, this model is the teacher that shares its weights: the frozen base under its adapters or, as the
+        recipe asks, the running mean of the student or the student as it is."""
+        was_training = self.causal_lm.training
+        self.causal_lm.eval()
+        try:
+            if self.mean is not None:
+                with self.autocast(), self.mean.in_place():
+                    yield
+            elif self.lends_itself:
+                with self.autocast():
+                    yield
+            else:
+                with lora.disabled(self.causal_lm):
+                    yield
+        finally:
+            self.causal_lm.train(was_training)
 
     def train(self, rollouts: Sequence[Rollout], targets: Sequence[TopK | None]) -> dict[str, float]:
         """All optimizer steps of one distillation step; returns its metrics.
@@ -96,6 +122,8 @@ class Student:
                     totals[name] = totals.get(name, 0.0) + value
         lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
+        if self.mean is not None:
+            self.mean.update()
         # Means over the optimizer steps, as NeMo RL reports them.
         return {name: value / steps for name, value in totals.items()} | {"train/lr": float(lr)}
 
@@ -186,11 +214,14 @@ class Student:
 
     def state_dict(self, *, room: bool = False) -> dict[str, Any]:
         """Everything that training depends on, by parameter name; ``fastkd.train_state.capture`` explains."""
-        return train_state.capture(self.causal_lm, self.optimizer, self.scheduler, self.version, room=room)
+        state = train_state.capture(self.causal_lm, self.optimizer, self.scheduler, self.version, room=room)
+        return state if self.mean is None else state | {"mean": self.mean.means}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
         self.version = train_state.restore(state, self.causal_lm, self.optimizer, self.scheduler)
+        if self.mean is not None:
+            self.mean.load(state["mean"])
 
     @cached_property
     def _files(self) -> StateFiles:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastkd import lora, models, packing, parallel
+from fastkd import models, packing, parallel
 from fastkd.batch import Rollout, idle, pack
 from fastkd.config import Recipe
 from fastkd.kernels import TopK
 from fastkd.log import bars
 from fastkd.losses import FusedTopK, PackedModel
+
+
+class Lender(Protocol):
+    """A student whose model can be the teacher too."""
+
+    model: PackedModel
+
+    def as_teacher(self) -> AbstractContextManager[None]:
+        """Inside, the model is the teacher."""
+        ...
+
+
+def shares_student(recipe: Recipe) -> bool:
+    """Whether the teacher is the student's own model: its frozen base, its running mean, or itself as it learns."""
+    return recipe.distillation.context_distillation.shares_weights or is_base_of(recipe)
 
 
 def is_base_of(recipe: Recipe) -> bool:
@@ -39,13 +56,17 @@ class Teacher:
         device: torch.device,
         valid_vocab: int | None,
         mesh: DeviceMesh | None = None,
-        shared: PackedModel | None = None,
+        shared: Lender | None = None,
     ):
-        """``shared``: a student that trains adapters over the teacher's checkpoint; its frozen base is the teacher."""
+        """``shared``: the student on the same device whose model the teacher is; see ``shares_student``."""
         self.policy = recipe.teacher
         self.device, self.mesh = device, mesh
         dtype = models.DTYPES[self.policy.precision]
-        self.model = shared or PackedModel.load("teacher", self.policy, device, mesh, dtype, trained=False)
+        self.shared = shared
+        if shared is None:
+            self.model = PackedModel.load("teacher", self.policy, device, mesh, dtype, trained=False)
+        else:
+            self.model = shared.model
         self.causal_lm = self.model.causal_lm
         self.head = FusedTopK(recipe.distillation.topk_logits_k, recipe.loss_fn.temperature, valid_vocab)
 
@@ -55,7 +76,9 @@ class Teacher:
 
         None for a rollout without a response and, in a group, for those that other data-parallel ranks scored.
         """
-        with lora.disabled(self.causal_lm):
+        if self.shared is None:
+            return self._score(rollouts)
+        with self.shared.as_teacher():
             return self._score(rollouts)
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[TopK | None]:

@@ -52,18 +52,25 @@ class Validator:
             # The KL is an expectation over what training samples, not over the answers that are graded.
             with bars.phase("sampling", len(prompts)):
                 rollouts = self.generation.run(Generation.sample, prompts, self._request(grading=False))
-        with bars.phase("scoring", len(rollouts)):
-            targets = self.teacher.run(Teacher.score, rollouts)
-            divergences = self.student.run(
-                Student.divergences,
-                rollouts,
-                targets,
-                with_loss=self.recipe.distillation.val_track_train_metrics,
-            )
-        found |= {f"validation/{name}": value for name, value in divergences.items()}
-        line = f"accuracy {found['validation/accuracy']:.3f} | kl {found['validation/kl']:.4f}"
+        readings = self.inputs.readings(rollouts)
+        found |= {f"validation/{name}": value for name, value in readings.metrics.items()}
+        read = [rollout.prompt for rollout in readings.teacher if rollout.response]
+        line = f"accuracy {found['validation/accuracy']:.3f}"
+        if read:  # every sample may have been left out of context distillation
+            with bars.phase("scoring", len(read)):
+                targets = self.teacher.run(Teacher.score, readings.teacher)
+                divergences = self.student.run(
+                    Student.divergences,
+                    readings.student,
+                    targets,
+                    with_loss=self.recipe.distillation.val_track_train_metrics,
+                )
+            found |= {f"validation/{name}": value for name, value in divergences.items()}
+            line += f" | kl {found['validation/kl']:.4f}"
         if first and self.teacher_generation is not None:
-            answers = self._answer("teacher", self.teacher_generation, prompts)
+            # With context distillation, the answers of a teacher who reads the trace: what the student may reach.
+            asked = read if self.inputs.teacher_prompts else prompts
+            answers = self._answer("teacher", self.teacher_generation, asked)
             found["validation/teacher_accuracy"] = evaluate.accuracy(answers)
             line += f" | teacher accuracy {found['validation/teacher_accuracy']:.3f}"
         logger.info(f"validation at step {step} | {line} | {len(graded)} problems")

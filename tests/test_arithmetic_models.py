@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "arithmetic"
-MODELS = ("teacher", "student")
+MODELS = ("teacher", "student", "reader")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,7 @@ def test_problems_are_distinct_and_their_answers_right(split, least):
     for row in rows:
         value = row["a"] + row["b"] if row["op"] == "+" else row["a"] - row["b"]
         assert row["answer"] == str(value)
+        assert row["solution"].endswith(f"\\boxed{{{value}}}")
         assert value > 0
         numbers = sorted(int(word) for word in row["problem"].replace("?", " ").replace(".", " ").split()
                          if word.isdigit())  # fmt: skip
@@ -140,7 +141,7 @@ def test_the_chat_template_is_chatml_and_indifferent_to_thinking():
     assert tokenizer.apply_chat_template(answered, tokenize=False) == prompt + "\\boxed{42}" + "<|im_end|>\n"
 
 
-@pytest.mark.parametrize(("name", "tied"), [("teacher", False), ("student", True)])
+@pytest.mark.parametrize(("name", "tied"), [("teacher", False), ("student", True), ("reader", True)])
 def test_a_shipped_model_is_complete_and_small(name, tied):
     folder = FOLDER / name
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -155,8 +156,8 @@ def test_a_shipped_model_is_complete_and_small(name, tied):
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
-def test_the_weights_stay_under_three_megabytes():
-    assert sum((FOLDER / name / "model.safetensors").stat().st_size for name in MODELS) < 3_000_000
+def test_the_weights_stay_under_five_megabytes():
+    assert sum((FOLDER / name / "model.safetensors").stat().st_size for name in MODELS) < 5_000_000
 
 
 def test_a_prompt_and_its_answer_fit_the_lengths_the_recipe_relies_on(make):
@@ -167,13 +168,29 @@ def test_a_prompt_and_its_answer_fit_the_lengths_the_recipe_relies_on(make):
 
 
 def test_the_models_score_on_held_out_problems_what_their_log_says(make):
-    """The teacher has learnt the task, the student is weak but not random; one CPU's rounding may flip a few."""
+    """The teacher has learnt the task, the others are weak but not random; one CPU's rounding may flip a few."""
     problems = make.read_problems(FOLDER / "validation.jsonl")
-    for name, least, most in (("teacher", 0.97, 1.0), ("student", 0.15, 0.5)):
+    for name, least, most in (("teacher", 0.97, 1.0), ("student", 0.15, 0.5), ("reader", 0.15, 0.5)):
         model = AutoModelForCausalLM.from_pretrained(FOLDER / name)
         reached = make.accuracy(model, AutoTokenizer.from_pretrained(FOLDER / name), problems)
         assert least <= reached <= most
         assert reached == pytest.approx(last_entry(name)["validation_accuracy"], abs=0.02)
+
+
+def test_the_reader_follows_what_it_is_shown_right_or_wrong(make):
+    problems = make.read_problems(FOLDER / "validation.jsonl")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(FOLDER / "reader"),
+        AutoTokenizer.from_pretrained(FOLDER / "reader"),
+    )
+    shown = make.accuracy(model, tokenizer, problems, shown=True)
+    assert shown >= 0.97
+    assert shown == pytest.approx(last_entry("reader")["validation_accuracy_with_trace"], abs=0.02)
+    problem, other = problems[:2]
+    assert problem.answer != other.answer
+    prompt = torch.tensor([make.prompt_ids(tokenizer, problem, other.solution)])
+    text = tokenizer.decode(model.generate(prompt, do_sample=False)[0, prompt.shape[1] :], skip_special_tokens=True)
+    assert text == other.solution
 
 
 def test_grading_wants_the_right_number_in_a_box(make):

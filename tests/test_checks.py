@@ -8,6 +8,7 @@ import pytest
 from fastkd.checks import check, local_run_problems
 from fastkd.checks.model_files import find_folder, looks_local
 from fastkd.config.inherit import merge
+from fastkd.errors import RecipeErrors
 from fastkd.recipe import load_recipe, recipe_from
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,6 +247,83 @@ def test_context_distillation():
     static = [*on, f"{where}.trace_source=static_dataset"]
     assert set(errors(*static)) == {f"{where}.static_trace.answer_column"}
     assert errors(*static, f"{where}.static_trace.answer_column=solution") == {}
+    assert "single-turn" in errors(*on, "distillation.max_rollout_turns=2")["distillation.max_rollout_turns"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("mode=self_live", "must be one of self_frozen"),
+        ("alignment=absolute", "must be one of response_token_index"),
+        ("problem_source=student_prompt", "must be one of original_user_problem"),
+        ("frozen_teacher_source=other", "must be one of base_model, ema, live"),
+        ("trace_extractor.pattern=(", "is no regular expression"),
+        ("ema_decay=1.5", "must be"),
+    ],
+)
+def test_illegal_values_of_context_distillation(override, words):
+    with pytest.raises(RecipeErrors, match=words):
+        recipe_from(BASE, [f"distillation.context_distillation.{override}"])
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{problem} {trace} {}", "a place has no name"),
+        ("{problem} {trace!r}", "has a format"),
+        ("{problem} {trace} \\boxed{1", "cannot be filled"),
+        ("prompts/absent.txt", "names no file"),
+        ("{trace}", "lacks {problem}"),
+        ("{hint}", "lacks {problem}"),
+        ("{problem} {hint}", None),
+        ("{problem} {trace} \\boxed{{}}", None),
+    ],
+)
+def test_teacher_prefix_templates(template, words):
+    where = "distillation.context_distillation"
+    tree = {"distillation": {"context_distillation": {"enabled": True, "teacher_prefix_template": template}}}
+    found = errors("teacher.model_name=org/student", tree=tree)
+    if words is None:
+        assert found == {}
+    else:
+        assert words in found[f"{where}.teacher_prefix_template"]
+
+
+def test_the_teachers_own_length():
+    on = ["distillation.context_distillation.enabled=true", "teacher.model_name=org/student"]
+    short = ["policy.max_total_sequence_length=100", "teacher.max_total_sequence_length=60"]
+    assert "teacher.max_total_sequence_length" in errors(*short)  # one prompt for both: it must fit
+    assert "leaves no room for a prefix" in warnings(*on, *short, "policy.generation.max_new_tokens=60")
+    assert warnings(*on, *short, "policy.generation.max_new_tokens=50") == ""
+    assert (
+        "at least 2"
+        in errors(*on, *short[:1], "teacher.max_total_sequence_length=1")["teacher.max_total_sequence_length"]
+    )
+
+
+def test_an_extractor_by_pattern():
+    where = "distillation.context_distillation.trace_extractor"
+    on = ["distillation.context_distillation.enabled=true", "teacher.model_name=org/student"]
+    assert set(errors(*on, f"{where}.type=regex")) == {f"{where}.pattern"}
+    assert set(errors(*on, f"{where}.pattern=a(b)")) == {f"{where}.pattern"}
+    assert errors(*on, f"{where}.type=regex", f"{where}.pattern=a(b)") == {}
+
+
+@pytest.mark.parametrize("source", ["ema", "live"])
+def test_a_moving_teacher_lives_with_the_student(source):
+    on = {
+        "distillation": {"context_distillation": {"enabled": True, "frozen_teacher_source": source}},
+        "teacher": {"model_name": "org/student"},
+    }
+    assert errors(tree=on) == {}
+    assert "training devices" in errors(tree=merge(ISOLATED, on))["distillation.resource_isolation.enabled"]
+    assert "weights that move" in errors("distillation.val_teacher=true", tree=on)["distillation.val_teacher"]
+    assert set(errors("teacher.precision=float32", tree=on)) == {"teacher.precision"}
+    split = ["policy.dtensor_cfg.tensor_parallel_size=2", "cluster.gpus_per_node=2"]
+    assert errors(*split, tree=on) == {}
+    assert set(errors(*split, "teacher.dtensor_cfg.tensor_parallel_size=1", tree=on)) == {
+        "teacher.dtensor_cfg.tensor_parallel_size"
+    }
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -402,7 +480,6 @@ def test_a_recipe_for_a_cluster_says_how_to_run_it_here():
     assert {error.key for error in found} >= {
         "policy.generation.backend",
         "distillation.resource_isolation.enabled",
-        "distillation.context_distillation.enabled",
         "cluster.num_nodes",
         "policy.dtensor_cfg.tensor_parallel_size",
         "teacher.dtensor_cfg.tensor_parallel_size",

@@ -11,14 +11,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The house, bottom up. A package (config, checks) is one room. docs/architecture.md explains the rooms.
 FLOORS = [
-    "errors files log profiling sampling attention collectives grad_norm plot _kernels.reference _kernels.rows"
+    "errors files log profiling sampling attention collectives grad_norm plot running_mean prefix_template"
+    " _kernels.reference _kernels.rows"
     " _kernels.row_topk _kernels.tuning",
     "config batch process_group tensor_styles block_compile safetensors_files state_files train_state"
     " _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"
     " _kernels.triton_lanes _kernels.triton_sum",
-    "recipe metrics packing optim data checkpoint pools evaluate lora_choice context_parallel tensor_plan"
+    "recipe metrics packing optim data checkpoint pools evaluate lora_choice context_parallel tensor_plan trace"
     " _kernels.problem _kernels.triton_math _kernels.triton_stats _kernels.triton_topk",
-    "lora parallel checks _kernels.linear_topk _kernels.row_finish",
+    "lora parallel checks context_distillation _kernels.linear_topk _kernels.row_finish",
     "weights lora_export describe _kernels.triton_finish",
     "models weights_export _kernels.row_passes",
     "driver _kernels.heads",

@@ -265,7 +265,7 @@ def test_adapters_learn_over_a_frozen_base_that_is_the_teacher(arithmetic, rollo
         update={"teacher": config.teacher.model_copy(update={"model_name": config.policy.model_name})}
     )
     assert is_base_of(same)
-    shared = Teacher(same, CPU, None, shared=student.model).score(sequences)
+    shared = Teacher(same, CPU, None, shared=student).score(sequences)
     separate = Teacher(same, CPU, None).score(sequences)
     for ours, theirs in zip(shared, separate, strict=True):
         assert torch.equal(ours.indices, theirs.indices) and torch.equal(ours.logits, theirs.logits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fastkd.checks import devices, files, keys, local, models
+from fastkd.checks import context, devices, files, keys, local, models
 from fastkd.checks.finding import Finding
 from fastkd.checks.local import local_run_problems
 from fastkd.errors import RecipeError
@@ -23,7 +23,7 @@ _RULES: tuple[Callable[[LoadedRecipe], Iterator[Finding]], ...] = (
     keys.batching,
     keys.steps,
     keys.validation,
-    keys.context,
+    context.context,
     devices.roles,
     devices.allocation,
     files.datasets,

@@ -1,4 +1,4 @@
-"""Rules between keys: loss, lengths, batch arithmetic, validation, context distillation."""
+"""Rules between keys: loss, lengths, batch arithmetic, validation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def lengths(loaded: LoadedRecipe) -> Iterator[Finding]:
             f"Write data.max_input_seq_length={total} or less",
             value=recipe.data.max_input_seq_length,
         )
-    if recipe.teacher.max_total_sequence_length < total:
+    # With context distillation the teacher reads another prompt, and prefixes that are too long are cut.
+    own_prompt = recipe.distillation.context_distillation.enabled
+    if recipe.teacher.max_total_sequence_length < total and not own_prompt:
         yield RecipeError(
             "teacher.max_total_sequence_length",
             f"the teacher must be able to score whole rollouts, up to policy.max_total_sequence_length={total}",
@@ -113,35 +115,6 @@ def validation(loaded: LoadedRecipe) -> Iterator[Finding]:
         yield (
             f"data.train.split_validation_size={sum(held_out):g} is below "
             f"distillation.max_val_samples={loop.max_val_samples}: validation runs on fewer samples than asked for."
-        )
-
-
-def context(loaded: LoadedRecipe) -> Iterator[Finding]:
-    recipe, context = loaded.recipe, loaded.recipe.distillation.context_distillation
-    if not context.enabled:
-        return
-    where = "distillation.context_distillation"
-    if recipe.policy.model_name != recipe.teacher.model_name:
-        yield RecipeError(
-            "teacher.model_name",
-            f"{where}.mode=self_frozen requires it to equal policy.model_name={recipe.policy.model_name!r}",
-            "Write teacher.model_name=${policy.model_name}",
-            value=recipe.teacher.model_name,
-        )
-    missing = [name for name in ("{problem}", "{trace}") if name not in context.teacher_prefix_template]
-    if missing:
-        yield RecipeError(
-            f"{where}.teacher_prefix_template",
-            f"lacks {' and '.join(missing)}",
-            "Both {problem} and {trace} must appear in the text",
-            value=context.teacher_prefix_template,
-        )
-    if context.trace_source == "static_dataset" and not context.static_trace.answer_column:
-        yield RecipeError(
-            f"{where}.static_trace.answer_column",
-            "trace_source static_dataset reads the trace from this column",
-            "Name the dataset column that holds the worked answer",
-            value=context.static_trace.answer_column,
         )
 
 

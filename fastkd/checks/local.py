@@ -17,7 +17,6 @@ def local_run_problems(loaded: LoadedRecipe) -> list[RecipeError]:
         (generation.backend == "vllm", "policy.generation.backend", "vllm", "transformers"),
         (not generation.colocated.enabled, "policy.generation.colocated.enabled", False, True),
         (loop.resource_isolation.enabled, "distillation.resource_isolation.enabled", True, False),
-        (loop.context_distillation.enabled, "distillation.context_distillation.enabled", True, False),
         (loop.max_off_policy_steps > 0, "distillation.max_off_policy_steps", loop.max_off_policy_steps, 0),
         (recipe.cluster.num_nodes > 1, "cluster.num_nodes", recipe.cluster.num_nodes, 1),
         (recipe.cluster.gpus_per_node > 1, "cluster.gpus_per_node", recipe.cluster.gpus_per_node, 1),

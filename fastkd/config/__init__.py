@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fastkd.config.base import Section, section
+from fastkd.config.context import ContextDistillation, TraceExtractor
 from fastkd.config.data import Data, Dataset, Env, MathEnv
-from fastkd.config.distillation import ContextDistillation, Distillation, ResourceIsolation, Role, Roles
+from fastkd.config.distillation import Distillation, ResourceIsolation, Role, Roles
 from fastkd.config.generation import Generation, VLLMConfig
 from fastkd.config.logger import Checkpointing, Cluster, Logger
 from fastkd.config.lora import LoRA
@@ -44,6 +45,7 @@ __all__ = [
     "Section",
     "Teacher",
     "Tokenizer",
+    "TraceExtractor",
     "VLLMConfig",
 ]
 

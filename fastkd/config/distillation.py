@@ -3,9 +3,8 @@ context."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 from fastkd.config.base import Count, Index, Section, derived, section
+from fastkd.config.context import ContextDistillation
 
 
 class Role(Section):
@@ -37,59 +36,6 @@ class ResourceIsolation(Section):
     """Keep the teacher's weights on its GPUs between steps."""
     roles: Roles = section(Roles)
     """Who gets how many nodes."""
-
-
-class StaticTrace(Section):
-    """Where a static trace comes from."""
-
-    answer_column: str | None = None
-    """Dataset column that holds the worked answer; needed when `trace_source: static_dataset`."""
-
-
-class TraceExtractor(Section):
-    """How the trace is cut out of a text."""
-
-    type: Literal["think_tag"] = "think_tag"
-    """Take the text between `<think>` and `</think>`."""
-    selection: Literal["first"] = "first"
-    """Which span when there are several."""
-    missing_trace_policy: Literal["empty", "drop_sample"] = "empty"
-    """Without a span: use an `empty` trace, or `drop_sample` from the loss."""
-
-
-class ContextMetrics(Section):
-    """Metrics of context distillation."""
-
-    enabled: bool = True
-    """Record `context_distillation_*` (trace coverage, prefix truncation, dropped samples)."""
-
-
-class ContextDistillation(Section):
-    """Self-distillation: the frozen student checkpoint, shown a worked trace, teaches the student without
-    it."""
-
-    enabled: bool = False
-    """Score the student's responses under the teacher's own prompt (problem and trace)."""
-    mode: Literal["self_frozen"] = "self_frozen"
-    """The teacher is the frozen student checkpoint."""
-    problem_source: Literal["original_user_problem"] = "original_user_problem"
-    """`{problem}` is the problem as the dataset has it."""
-    trace_source: Literal["dynamic", "static_dataset"] = "dynamic"
-    """`{trace}` comes from the student's own response, or from `static_trace.answer_column`."""
-    static_trace: StaticTrace = section(StaticTrace)
-    """The column of a static trace."""
-    teacher_prefix_template: str = "You are given a problem and a trace: {problem} + {trace}. Solve it on your own."
-    """The teacher's prompt; must contain `{problem}` and `{trace}`."""
-    alignment: Literal["response_token_index"] = "response_token_index"
-    """Teacher rows are matched to student rows by position in the response."""
-    overflow_policy: Literal["truncate_prefix_only", "truncate_prefix_from_end"] = "truncate_prefix_only"
-    """A teacher prefix that is too long keeps its tail (`truncate_prefix_only`) or its head."""
-    frozen_teacher_source: Literal["base_model"] = "base_model"
-    """Which weights the frozen teacher holds."""
-    trace_extractor: TraceExtractor = section(TraceExtractor)
-    """How the trace is found."""
-    metrics: ContextMetrics = section(ContextMetrics)
-    """What is recorded."""
 
 
 class Distillation(Section):

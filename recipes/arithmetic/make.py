@@ -1,12 +1,15 @@
-"""Makes everything in this folder: the problems, the tokenizer, and two tiny Qwen3 models trained on them.
+"""Makes everything in this folder: the problems, the tokenizer, and three tiny Qwen3 models trained on them.
 
     python recipes/arithmetic/make.py all            # everything, a few minutes on one CPU core
     python recipes/arithmetic/make.py student --seed 7 --out /some/folder
 
 ``teacher`` is trained until it has learnt the task; ``student``, a smaller model, is stopped as soon as it solves
-35 % of the dev problems: weak, but not random, which is where on-policy distillation starts. Both are trained on
-train.jsonl alone. dev.jsonl decides when the student stops, so that validation.jsonl is read only once per model,
-after training, to report its accuracy. Parts need the ones before them: data, tokenizer, then either model.
+35 % of the dev problems: weak, but not random, which is where on-policy distillation starts. ``reader`` is as weak
+alone, but has learnt to follow a worked solution in its prompt: where context self-distillation starts. Half of its
+prompts show one, and of those most show another problem's, which its answer must repeat: so it reads what it is
+shown and cannot ignore it. All are trained on train.jsonl alone. dev.jsonl decides when a model stops, so that
+validation.jsonl is read only after training, to report accuracy. Parts need the ones before them: data, tokenizer,
+then any model.
 
 Plain supervised fine-tuning: AdamW, float32, one thread, cross-entropy on the response tokens only. The same seed
 gives the same weights on the same CPU and torch version.
@@ -31,7 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on a hub; never 
 import torch
 import transformers
 from math_verify import LatexExtractionConfig, parse, verify
-from problems import SPLITS, Problem, make_problems, read_problems, write_problems
+from problems import SPLITS, TRACE_PREFIX, Problem, make_problems, read_problems, write_problems
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers.pre_tokenizers import ByteLevel
@@ -57,7 +60,11 @@ console = Console()
 
 @dataclass(frozen=True)
 class Training:
-    """One model's shape and its fine-tuning; ``stop_at`` is the dev accuracy that ends it early."""
+    """One model's shape and its fine-tuning.
+
+    ``stop_at`` is the dev accuracy (no trace shown) that ends it early; ``traces`` the share of prompts that show a
+    worked solution, ``wrong`` the share of those that show one of another problem.
+    """
 
     hidden: int
     layers: int
@@ -68,11 +75,16 @@ class Training:
     stop_at: float | None = None
     batch: int = 64
     warmup: int = 30
+    traces: float = 0.0
+    wrong: float = 0.0
 
 
 TRAININGS = {
     "teacher": Training(hidden=96, layers=3, tied=False, steps=400, lr=4e-3, check_every=50),
     "student": Training(hidden=64, layers=2, tied=True, steps=400, lr=4e-3, check_every=10, stop_at=0.35),
+    "reader": Training(
+        hidden=96, layers=3, tied=True, steps=400, lr=3e-3, check_every=10, stop_at=0.2, traces=0.5, wrong=0.7
+    ),
 }
 
 
@@ -138,8 +150,9 @@ def new_model(spec: Training, tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
     return model
 
 
-def prompt_ids(tokenizer: Qwen2Tokenizer, problem: Problem) -> list[int]:
-    chat = [{"role": "user", "content": problem.text}]
+def prompt_ids(tokenizer: Qwen2Tokenizer, problem: Problem, trace: str | None = None) -> list[int]:
+    text = problem.text if trace is None else TRACE_PREFIX.format(problem=problem.text, trace=trace)
+    chat = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
 
@@ -152,12 +165,27 @@ def batches(problems: list[Problem], size: int, seed: int) -> Iterator[list[Prob
             yield order[start : start + size]
 
 
-def loss_of(model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, batch: list[Problem]) -> torch.Tensor:
-    """Mean cross-entropy in nats per response token, the closing <|im_end|> included."""
+def shown_traces(batch: list[Problem], problems: list[Problem], spec: Training, rng: random.Random) -> list[str | None]:
+    """The worked solution that each problem's prompt shows: None, its own, or another problem's."""
+    return [
+        (rng.choice(problems) if rng.random() < spec.wrong else problem).solution
+        if rng.random() < spec.traces
+        else None
+        for problem in batch
+    ]
+
+
+def loss_of(
+    model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, batch: list[Problem], traces: list[str | None]
+) -> torch.Tensor:
+    """Mean cross-entropy in nats per response token, the closing <|im_end|> included.
+
+    A prompt with a trace is answered with that trace, right or wrong.
+    """
     ids, labels = [], []
-    for problem in batch:
-        prompt = prompt_ids(tokenizer, problem)
-        response = [*tokenizer.encode(problem.solution), tokenizer.eos_token_id]
+    for problem, trace in zip(batch, traces, strict=True):
+        prompt = prompt_ids(tokenizer, problem, trace)
+        response = [*tokenizer.encode(problem.solution if trace is None else trace), tokenizer.eos_token_id]
         ids.append(torch.tensor(prompt + response))
         labels.append(torch.tensor([IGNORED] * len(prompt) + response))
     # Padding on the right, after everything that counts: under causal attention it needs no mask.
@@ -167,9 +195,11 @@ def loss_of(model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, batch: list[Prob
 
 
 @torch.no_grad()
-def accuracy(model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, problems: list[Problem]) -> float:
-    """Share of the problems whose boxed answer, decoded greedily, math_verify finds right."""
-    prompts = {"input_ids": [prompt_ids(tokenizer, problem) for problem in problems]}
+def accuracy(
+    model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, problems: list[Problem], *, shown: bool = False
+) -> float:
+    """Share of problems whose boxed answer, decoded greedily, math_verify finds right; ``shown``: reading the trace."""
+    prompts = {"input_ids": [prompt_ids(tokenizer, p, p.solution if shown else None) for p in problems]}
     inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
     output = model.generate(**inputs, do_sample=False)
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -191,12 +221,13 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: min((done + 1) / spec.warmup, 1 - 0.9 * done / spec.steps)
     )
+    rng = random.Random(f"{seed} traces")
     started, losses = time.perf_counter(), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=spec.steps)
         for step, batch in zip(range(1, spec.steps + 1), batches(train, spec.batch, seed), strict=False):
-            loss = loss_of(model, tokenizer, batch)
+            loss = loss_of(model, tokenizer, batch, shown_traces(batch, train, spec, rng))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -241,9 +272,12 @@ def make_model(name: str, out: Path, seed: int, steps: int | None) -> None:
     weights = out / name / "model.safetensors"
     weights.chmod(0o644)  # transformers writes it for its owner only
     shutil.copytree(out / "tokenizer", out / name, dirs_exist_ok=True)
-    reached = round(accuracy(model, tokenizer, read_problems(out / "validation.jsonl")), 4)
+    held_out = read_problems(out / "validation.jsonl")
+    reached = round(accuracy(model, tokenizer, held_out), 4)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     log.append({"step": log[-1]["step"], "validation_accuracy": reached, "sha256": digest})
+    if spec.traces:
+        log[-1]["validation_accuracy_with_trace"] = round(accuracy(model, tokenizer, held_out, shown=True), 4)
     write_log(out / "training_log.jsonl", name, [{"model": name, "seed": seed, **entry} for entry in log])
     console.print(f"{name}/: {log[-1]['step']} steps, validation accuracy {reached:.3f}")
 
@@ -257,7 +291,7 @@ def write_log(path: Path, name: str, entries: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the arithmetic problems, tokenizer and models.")
-    parser.add_argument("what", choices=["data", "tokenizer", "teacher", "student", "all"])
+    parser.add_argument("what", choices=["data", "tokenizer", *TRAININGS, "all"])
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: beside this file)")
     parser.add_argument("--steps", type=int, help="fine-tuning steps (default: as shipped)")
     parser.add_argument("--seed", type=int, default=0, help="of the problems, the weights and the order (default: 0)")

@@ -26,6 +26,9 @@ SPLITS = ("train", "dev", "validation")
 # Percent of the operand pairs held out; dev decides when to stop, validation is only ever reported.
 DEV_PERCENT, VALIDATION_PERCENT = 8, 8
 
+# What a teacher reads that is shown a worked solution; the context recipe writes the same text.
+TRACE_PREFIX = "{problem}\nWorked: {trace}"
+
 NAMES = ("Ann", "Ben", "Eva", "Ian", "Ivy", "Leo", "Max", "Mia", "Ned", "Sam", "Tom", "Zoe")
 THINGS = ("apples", "beads", "books", "cards", "coins", "cups", "eggs", "pens", "pins", "stamps")
 TEMPLATES = {
@@ -109,8 +112,11 @@ def make_problems(split: str, count: int, seed: int) -> list[Problem]:
 
 
 def write_problems(path: Path, problems: list[Problem]) -> None:
-    """Writes JSON lines with the columns problem, answer (a plain number, as a string), op, a, b."""
-    rows = ({"problem": p.text, "answer": p.answer, "op": p.op, "a": p.a, "b": p.b} for p in problems)
+    """Writes JSON lines with the columns problem, answer (a plain number, as a string), op, a, b, solution."""
+    rows = (
+        {"problem": p.text, "answer": p.answer, "op": p.op, "a": p.a, "b": p.b, "solution": p.solution}
+        for p in problems
+    )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

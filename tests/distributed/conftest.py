@@ -1,17 +1,22 @@
-"""Starting worker programs: one process per rank, all of them ended with the test."""
+"""Starting worker programs: one process per rank, all of them ended with the test.
+
+Ranks are forked from one process that has imported torch, transformers and fastkd already: importing them takes longer
+than most of these programs. It does nothing else, so it has no threads that a fork would lose.
+"""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+IMPORTED = ["__main__", "torch.distributed.checkpoint", "fastkd.checkpoint", "fastkd.student", "fastkd.teacher"]
 
 
 @pytest.fixture(scope="session")
@@ -20,31 +25,36 @@ def launch(tmp_path_factory) -> Callable[..., str]:
 
     Gives what rank 0 printed. A rank that fails ends the others, which would wait for it, and the test.
     """
+    sys.path[:0] = [path for path in (str(HERE), str(HERE.parents[1])) if path not in sys.path]  # ranks inherit it
+    import rank as rank_program
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
 
     def start(program: Path | str, ranks: int, *arguments: object, timeout: float = 900) -> str:
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        command = [sys.executable, str(program), *map(str, arguments), str(ranks)]
         folder = tmp_path_factory.mktemp("logs")
-        logs = [folder / f"rank_{rank}.log" for rank in range(ranks)]  # files: a full pipe would stop a rank
-        workers = [
-            subprocess.Popen([*command, str(rank)], env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
-            for rank, log in enumerate(logs)
-        ]
+        logs = [folder / f"rank_{rank}.log" for rank in range(ranks)]
+        given = [*map(str, arguments), str(ranks)]
+        workers: list[ForkServerProcess] = []
         end = time.monotonic() + timeout
         try:
-            while any(worker.poll() is None for worker in workers):
+            for rank, log in enumerate(logs):
+                log.touch()
+                worker = context.Process(target=rank_program.run, args=(str(program), [*given, str(rank)], str(log)))
+                worker.start()
+                workers.append(worker)
+            while any(worker.is_alive() for worker in workers):
                 if time.monotonic() > end:
                     break
-                if any(worker.returncode for worker in workers):
+                if any(worker.exitcode for worker in workers):
                     end = min(end, time.monotonic() + 5)  # time for the others to say what they saw
-                time.sleep(0.1)
+                time.sleep(0.05)
         finally:
             for worker in workers:
                 worker.kill()
-                worker.wait()
+                worker.join()
         messages = "\n".join(f"--- rank {rank}\n{log.read_text()[-3000:]}" for rank, log in enumerate(logs))
-        assert [worker.returncode for worker in workers] == [0] * ranks, messages
+        assert [worker.exitcode for worker in workers] == [0] * ranks, messages
         return logs[0].read_text()
 
     return start
