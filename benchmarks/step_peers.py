@@ -123,6 +123,7 @@ def fastkd_steps(job: Job, meter: Meter, folder: str) -> Iterator[None]:
     """Yields once when everything is loaded, and after every step."""
     from fastkd.driver import RunFolder, prepare
     from fastkd.recipe import load_recipe
+    from fastkd.roles import LocalRoles
     from fastkd.rollout import Generation
     from fastkd.runner import Runner
 
@@ -147,7 +148,7 @@ def fastkd_steps(job: Job, meter: Meter, folder: str) -> Iterator[None]:
         ],
     )
     inputs = prepare(loaded)
-    runner = Runner(loaded, inputs, RunFolder(inputs.recipe))
+    runner = Runner(loaded, inputs, RunFolder(inputs.recipe), LocalRoles(inputs))
     sample = meter.timed(Generation.sample)
 
     def keep_first(*args: Any, **kwargs: Any) -> Any:

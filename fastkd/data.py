@@ -17,30 +17,12 @@ import torch
 
 from fastkd.batch import Prompt
 from fastkd.config import Dataset, Recipe
+from fastkd.config.sources import NAMED, Source
 from fastkd.errors import DataError, ModelError, RecipeError, reason
 from fastkd.log import logger
 from fastkd.sampling import stable_seed
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A dataset known by name: where it lives and which columns to read."""
-
-    path: str
-    input_key: str
-    output_key: str
-    subset: str | None = None
-    split: str = "train"
-
-
-NAMED = {
-    "OpenThoughts-114k": Source("open-thoughts/OpenThoughts-114k", "problem", "ground_truth_solution", "metadata"),
-    "DeepScaler": Source("agentica-org/DeepScaleR-Preview-Dataset", "problem", "answer"),
-    "AIME2024": Source("HuggingFaceH4/aime_2024", "problem", "answer"),
-    "AIME2025": Source("opencompass/AIME2025", "question", "answer", "AIME2025-I", "test"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +75,7 @@ def _load_sections(
 
 
 def _load_section(key: str, section: Dataset, columns: Sequence[str], optional: bool) -> tuple[list[Row], list[Row]]:
-    dataset, source = _open(key, section)
+    dataset, source = open_dataset(key, section)
     input_key = section.input_key or (source.input_key if source else "input")
     output_key = section.output_key or (source.output_key if source else "output")
     wanted = {"input_key": input_key, "output_key": output_key}
@@ -175,7 +157,8 @@ def _present(key: str, wanted: Sequence[str], existing: Sequence[str], optional:
     return [column for column in wanted if column in existing]
 
 
-def _open(key: str, section: Dataset) -> tuple[Any, Source | None]:
+def open_dataset(key: str, section: Dataset) -> tuple[Any, Source | None]:
+    """The rows of a dataset section, and what is known of it by name. Raises DataError: it cannot be read."""
     import datasets  # here, because it imports pandas and pyarrow: seconds that --check must not pay
 
     datasets.disable_progress_bars()

@@ -152,7 +152,10 @@ def locate(loaded: LoadedRecipe) -> Recipe:
                 "chat_template": find(template) if template and "{" not in template else template,
             }
         )
-        return one.model_copy(update={"model_name": find(one.model_name), "tokenizer": tokenizer})
+        update = {"model_name": find(one.model_name), "tokenizer": tokenizer}
+        if getattr(one, "quant_calib_data", None):
+            update["quant_calib_data"] = find(one.quant_calib_data)
+        return one.model_copy(update=update)
 
     recipe = loaded.recipe
     data = recipe.data.model_copy(

@@ -13,44 +13,50 @@ from torch.distributed.tensor import DTensor, Replicate
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale gradients to a global L2 norm of at most ``max_norm``; the norm before, a scalar, the same on all ranks.
+    """Scale gradients to a global L2 norm of at most ``max_norm``; the norm before. None only measures.
+
+    See ``global_norm``; every rank of a mesh must call it.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = global_norm(gradients)
+    if max_norm is not None and gradients:
+        local = [one.to_local() if isinstance(one, DTensor) else one for one in gradients]
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(local, scale)  # pyright: ignore[reportPrivateImportUsage]
+    return norm
+
+
+@torch.no_grad()
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """L2 norm of all tensors together, a scalar, the same on all ranks.
 
     Works on plain tensors and on DTensors of any mix of meshes: every rank adds the squares of its local part, divided
-    by the number of ranks that hold a copy of it; one sum over each mesh follows. None only measures. Every rank of
-    a mesh must call it.
+    by the number of ranks that hold a copy of it; one sum over each mesh follows. Every rank of a mesh must call it.
+
+    Raises:
+        RuntimeError: a tensor is a partial sum that was not reduced yet.
     """
     by_mesh: dict[DeviceMesh | None, list[tuple[Tensor, int]]] = {}
-    local: list[Tensor] = []
-    for parameter in parameters:
-        gradient = parameter.grad
-        if isinstance(gradient, DTensor):
-            sizes = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
-            copies = 1
-            for placement, size in sizes:
-                if isinstance(placement, Replicate):
-                    copies *= size
-                elif placement.is_partial():
-                    raise RuntimeError("clip_grad_norm: a gradient is not reduced yet; call it after backward")
-            by_mesh.setdefault(gradient.device_mesh, []).append((gradient.to_local(), copies))
-            local.append(gradient.to_local())
-        elif gradient is not None:
-            by_mesh.setdefault(None, []).append((gradient, 1))
-            local.append(gradient)
-    if not local:
-        return torch.zeros(())
-    total = torch.zeros((), device=local[0].device)
+    for tensor in tensors:
+        if not isinstance(tensor, DTensor):
+            by_mesh.setdefault(None, []).append((tensor, 1))
+            continue
+        copies = 1
+        for placement, size in zip(tensor.placements, tensor.device_mesh.shape, strict=True):
+            if isinstance(placement, Replicate):
+                copies *= size
+            elif placement.is_partial():
+                raise RuntimeError("global_norm: a gradient is not reduced yet; call it after backward")
+        by_mesh.setdefault(tensor.device_mesh, []).append((tensor.to_local(), copies))
+    total = torch.zeros(())
     for mesh, entries in by_mesh.items():
         parts = [part for part, _ in entries]
         norms = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32))  # pyright: ignore[reportPrivateImportUsage]
         copies = torch.tensor([1.0 / copies for _, copies in entries], device=norms.device)
         squares = (norms.square() * copies).sum()
         if mesh is not None:
-            squares = squares.to(mesh.device_type)  # offloaded gradients: the group's device does the sum
+            squares = squares.to(mesh.device_type)  # offloaded tensors: the group's device does the sum
             for dimension in range(mesh.ndim):
                 dist.all_reduce(squares, group=mesh.get_group(dimension))
-        total = total + squares.to(total.device)
-    norm = total.sqrt()
-    if max_norm is not None:
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(local, scale)  # pyright: ignore[reportPrivateImportUsage]
-    return norm
+        total = total.to(squares.device) + squares
+    return total.sqrt()

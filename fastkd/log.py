@@ -7,12 +7,13 @@ CI): plain lines, no control characters, and no bars, so that a log file stays r
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 console = Console(soft_wrap=True, highlight=False)
 logger = logging.getLogger("fastkd")
@@ -31,6 +32,17 @@ def configure(level: int = logging.INFO, prefix: str = "") -> None:
     logger.propagate = False
 
 
+class _BarsAndTable(Progress):
+    """Progress bars with a table below."""
+
+    table: RenderableType | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.table is not None:
+            yield self.table
+
+
 class Bars:
     """Nested progress bars: one for the run, one for the phase under way.
 
@@ -38,7 +50,7 @@ class Bars:
     """
 
     def __init__(self) -> None:
-        self._progress = Progress(
+        self._progress = _BarsAndTable(
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=32),
             MofNCompleteColumn(),
@@ -47,7 +59,14 @@ class Bars:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._phase: list = []
+        # A thread that samples ahead of training has phases of its own.
+        self._own = threading.local()
+
+    @property
+    def _phase(self) -> list[TaskID]:
+        if not hasattr(self._own, "phase"):
+            self._own.phase = []
+        return self._own.phase
 
     @contextmanager
     def run(self, total: int, done: int) -> Iterator[None]:
@@ -57,8 +76,9 @@ class Bars:
             yield
             self._progress.remove_task(self._run_task)
 
-    def stepped(self) -> None:
-        """One step of the run is done."""
+    def stepped(self, table: RenderableType | None = None) -> None:
+        """One step of the run is done; the table says how it went."""
+        self._progress.table = table
         self._progress.advance(self._run_task)
 
     @contextmanager

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 from typing import Any
 
 from torch import nn
 
 from fastkd.config import LoRA
 from fastkd.errors import ModelError
+from fastkd.module_names import matches
 
 KEY = "policy.dtensor_cfg.lora_cfg"
 
@@ -32,18 +32,18 @@ def choose(causal_lm: Any, config: LoRA) -> list[str]:
     }
     kinds = ", ".join(dict.fromkeys(_leaf(name) for name in linear))
     for pattern in config.target_modules:
-        if not any(_matches(pattern, name) for name in linear):
+        if not any(matches(pattern, name) for name in linear):
             raise _no_match("target_modules", pattern, modules, linear, kinds)
     for pattern in config.exclude_modules:
         # A recipe may well exclude the head, which gets no adapter anyway.
-        if not any(_matches(pattern, name) for name in modules):
+        if not any(matches(pattern, name) for name in modules):
             raise _no_match("exclude_modules", pattern, modules, linear, kinds)
     targets = config.target_modules or ["*"]
     names = [
         name
         for name in linear
-        if any(_matches(pattern, name) for pattern in targets)
-        and not any(_matches(pattern, name) for pattern in config.exclude_modules)
+        if any(matches(pattern, name) for pattern in targets)
+        and not any(matches(pattern, name) for pattern in config.exclude_modules)
     ]
     if not names:
         raise ModelError(
@@ -64,7 +64,7 @@ def choose(causal_lm: Any, config: LoRA) -> list[str]:
 
 
 def _no_match(key: str, pattern: str, modules: Any, linear: Any, kinds: str) -> ModelError:
-    others = [name for name in modules if _matches(pattern, name)]
+    others = [name for name in modules if matches(pattern, name)]
     if others:
         rule = f"{others[0]} gets no adapter: only the linear layers inside the blocks do"
         return ModelError(f"{KEY}.{key}", rule, f"Use some of {kinds}", value=pattern)
@@ -76,8 +76,3 @@ def _no_match(key: str, pattern: str, modules: Any, linear: Any, kinds: str) -> 
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def _matches(pattern: str, name: str) -> bool:
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[start:]), pattern) for start in range(len(parts)))

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from fastkd import lora, models, parallel, weights
+from fastkd import lora, models, parallel, quantization, weights
 from fastkd.batch import Batch
-from fastkd.config import LoRA, Teacher
+from fastkd.config import LoRA, Quantization, Teacher
 from fastkd.kernels import TopK, TopKLoss, topk_kl, vocab_topk
 from fastkd.models import packed_hidden
 from fastkd.parallel import HeadShard
@@ -57,6 +57,7 @@ class PackedModel(nn.Module):
         *,
         trained: bool,
         adapters: LoRA | None = None,
+        quantized: Quantization | None = None,
         seed: int = 0,
     ) -> PackedModel:
         """The model of a recipe section, on one device or this rank's part of it.
@@ -69,6 +70,7 @@ class PackedModel(nn.Module):
             dtype: of the weights. Sharded, they are gathered and used in the section's precision.
             trained: False gives a frozen model in evaluation mode.
             adapters: train these over a frozen base.
+            quantized: layers that will compute in NVFP4, once calibrated.
             seed: of their starting values.
 
         Raises:
@@ -81,6 +83,8 @@ class PackedModel(nn.Module):
             root = cls(causal_lm.train(trained).requires_grad_(trained))
             if adapters is not None:
                 lora.apply(causal_lm, adapters, seed=seed)
+            if quantized is not None:
+                quantization.apply(causal_lm, quantized, models.DTYPES[policy.precision])
             if trained and sharding.activation_checkpointing:
                 parallel.recompute_blocks(causal_lm)
             return root
@@ -88,6 +92,9 @@ class PackedModel(nn.Module):
         root = cls(causal_lm.train(trained).requires_grad_(trained))
         if adapters is not None:
             lora.apply(causal_lm, adapters, seed=seed)
+        if quantized is not None:
+            quantization.apply(causal_lm, quantized, models.DTYPES[policy.precision])
+            quantization.check_shards(causal_lm, mesh["tp"].size(), f"{key}.dtensor_cfg.tensor_parallel_size")
         parallel.shard(
             root,
             causal_lm,
@@ -102,6 +109,8 @@ class PackedModel(nn.Module):
         weights.load(causal_lm, f"{key}.model_name", name, device, offload=sharding.cpu_offload)
         if adapters is not None:
             lora.initialise(causal_lm, seed)
+        if quantized is not None:
+            quantization.initialise(causal_lm)
         return root
 
     def forward(self, batch: Batch, head: Callable[[Tensor, HeadShard, Batch], Out]) -> Out:

@@ -123,13 +123,14 @@ def read(path: Path) -> list[dict[str, float]]:
 def step_line(step: int, last: int, m: Mapping[str, float], loss: str = "kl") -> str:
     """The one line per step, in a fixed order with units; ``loss`` is what to call the loss ("kl" or "jsd")."""
     times = " ".join(
-        f"{short} {m[f'timing/{name}']:.{1 if m[f'timing/{name}'] >= 10 else 2}f}s"
+        f"{short} {seconds:.{1 if seconds >= 10 else 2}f}s"
         for short, name in (
             ("gen", "generation"),
             ("teacher", "teacher"),
             ("train", "training"),
             ("sync", "sync"),
         )
+        for seconds in (m.get(f"timing/{name}", 0.0),)  # ahead of training, it may have been done in another step
     )
     memory = " ".join(f"{name[7:-4]} {value:.1f}" for name, value in m.items() if name.startswith("memory/"))
     return (

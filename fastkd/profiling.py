@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,21 +11,28 @@ import torch
 
 
 class Spans:
-    """Wall-clock seconds by name, summed until taken."""
+    """Wall-clock seconds by name, summed until taken.
 
-    def __init__(self) -> None:
+    Args:
+        listener: told (name, beginning, end) of every span, in seconds since the epoch.
+    """
+
+    def __init__(self, listener: Callable[[str, float, float], None] | None = None) -> None:
         self._seconds: dict[str, float] = {}
+        self._listener = listener
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Add the time inside to ``name``; a GPU is awaited, or kernels still queued would go uncounted."""
-        start = time.perf_counter()
+        start, clock = time.perf_counter(), time.time()
         try:
             yield
         finally:
             if torch.cuda.is_available() and torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            if self._listener is not None:
+                self._listener(name, clock, time.time())
 
     def seconds(self, name: str) -> float:
         """What ``name`` has summed up to."""

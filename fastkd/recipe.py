@@ -23,13 +23,14 @@ from pydantic import ValidationError
 from fastkd.config import Recipe
 from fastkd.config.base import default_tree
 from fastkd.config.explain import explain, unknown_key
-from fastkd.config.fallback import fall_back, is_written, over_defaults, remove
+from fastkd.config.fallback import fall_back, is_written, older_layout, over_defaults, remove
 from fastkd.config.ignored import IgnoredKey
 from fastkd.config.inherit import read_recipe
 from fastkd.config.interpolate import escape, resolve
-from fastkd.config.names import classify
+from fastkd.config.names import classify, nearest
 from fastkd.config.overrides import apply_overrides
-from fastkd.errors import RecipeErrors
+from fastkd.config.shipped import find_recipe
+from fastkd.errors import RecipeError, RecipeErrors
 from fastkd.files import write_text
 
 __all__ = ["IgnoredKey", "LoadedRecipe", "load_recipe", "recipe_from", "resolve_path"]
@@ -77,12 +78,12 @@ def resolve_path(name: str, *folders: Path) -> str:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read, merge and validate a recipe file.
+    """Read, merge and validate a recipe file, or a shipped recipe by its name or by the name it has elsewhere.
 
     Raises RecipeError when a file is missing, circular or malformed; RecipeErrors with every problem
     otherwise.
     """
-    path = Path(path)
+    path = find_recipe(Path(path))
     tree, files = read_recipe(path)
     folders = tuple(dict.fromkeys(file.parent for file in files))
     return _load(tree, overrides, path, folders)
@@ -95,6 +96,7 @@ def recipe_from(mapping: Mapping[str, Any], overrides: Sequence[str] = (), name:
 
 def _load(tree: dict[str, Any], overrides: Sequence[str], path: Path, folders: tuple[Path, ...]) -> LoadedRecipe:
     errors = apply_overrides(tree, overrides)
+    older_layout(tree)
     ignored, unknown = classify(tree)
     filled = fall_back(tree, without=[*(key.name for key in ignored), *unknown])
 
@@ -122,3 +124,34 @@ def _load(tree: dict[str, Any], overrides: Sequence[str], path: Path, folders: t
     # What fell back or was derived only echoes a mistake that was made elsewhere.
     own = [one for one in found if one.rule == "is required" or is_written(one.key, tree, filled)]
     raise RecipeErrors(errors + own or found)
+
+
+def without_mistakes(
+    path: str | Path, overrides: Sequence[str], errors: Sequence[RecipeError]
+) -> tuple[LoadedRecipe, set[str]] | None:
+    """A recipe whose mistakes are taken out, and their names, so that its other keys can be checked at the same time.
+
+    Keys go back to their defaults, and a required one is the text "?". None where that is not enough.
+    """
+    path = find_recipe(Path(path))
+    try:
+        tree, files = read_recipe(path)
+    except RecipeError:
+        return None
+    apply_overrides(tree, overrides)
+    names: set[str] = set()
+    for _ in range(3):  # what refers to a mistake comes out with it, the second or third time
+        for error in errors:
+            remove(tree, error.key)
+            if error.rule in ("is required", "must name at least one"):
+                placeholder = "{data_path: '?'}" if error.key == "data.train" else "?"
+                apply_overrides(tree, [f"{error.key}={placeholder}"])
+        # A misspelt key was meant to be another, which is at its default now.
+        names |= {error.key for error in errors} | {near for error in errors if (near := nearest(error.key))}
+        try:
+            loaded = _load(copy.deepcopy(tree), (), path, tuple(dict.fromkeys(file.parent for file in files)))
+        except RecipeErrors as again:
+            errors = again.errors
+        else:
+            return loaded, names
+    return None

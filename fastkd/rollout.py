@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from fastkd import lora
+from fastkd import lora, quantization
 from fastkd.batch import Prompt, Rollout
 from fastkd.config import Recipe
 from fastkd.log import bars
@@ -88,14 +88,18 @@ class Generation:
         valid_vocab: int | None,
         autocast: torch.dtype | None = None,
         base: bool = False,
+        max_total_tokens: int | None = None,
     ) -> Generation:
-        """Generation in this process, by the recipe, on a model that lives here."""
+        """Generation in this process, by the recipe, on a model that lives here.
+
+        ``max_total_tokens``: another limit than the student's.
+        """
         settings = recipe.policy.generation
         return cls(
             causal_lm,
             tokenizer,
             settings.max_new_tokens,
-            recipe.policy.max_total_sequence_length,
+            max_total_tokens or recipe.policy.max_total_sequence_length,
             recipe.policy.generation_batch_size,
             settings.stop_token_ids,
             settings.stop_strings,
@@ -129,7 +133,10 @@ class Generation:
             size = batch_size or self.batch_size
             for start in range(0, len(runnable), size):
                 indices = runnable[start : start + size]
-                with lora.disabled(self.causal_lm) if self.base else nullcontext():
+                with (
+                    lora.disabled(self.causal_lm) if self.base else nullcontext(),
+                    quantization.weights_kept(self.causal_lm),
+                ):
                     decoded = self._decode([wanted[index] for index in indices], request)
                 for index, (response, finished) in zip(indices, decoded, strict=True):
                     prompt, generation = wanted[index]

@@ -1,12 +1,13 @@
-"""The command line: ``python -m fastkd.run RECIPE [override …] [--check]``.
+"""The command line: ``python -m fastkd.run RECIPE [override …] [--check | --plan]``.
 
 A mistake of the user is one paragraph on stderr and exit code 2, with nothing written anywhere. ``--check``
-stays clear of torch and transformers, so that it answers at once.
+and ``--plan`` stay clear of torch and transformers, so that they answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import traceback
 
@@ -27,6 +28,7 @@ examples:
   python -m fastkd.run recipes/arithmetic_cpu.yaml
   python -m fastkd.run recipes/arithmetic_cpu.yaml distillation.max_num_steps=20 logger.log_dir=runs/short
   python -m fastkd.run recipes/distillation_math.yaml --check
+  python -m fastkd.run recipes/topk512_qwen3_4b.yaml --plan --device a100-40 --sweep
 
 The same command again resumes an unfinished run from its newest checkpoint.
 
@@ -39,9 +41,12 @@ _PIP_NAMES = {"yaml": "pyyaml", "math_verify": "'math-verify[antlr4_13_2]'"}
 
 def main(argv: list[str] | None = None) -> int:
     """Run a recipe; returns the exit code. ``argv`` defaults to the process's arguments."""
-    options = _parser().parse_intermixed_args(argv)
+    parser = _parser()
+    options = parser.parse_intermixed_args(argv)
+    if not options.plan and (options.sweep or options.json or options.device or options.rates or options.chart):
+        parser.error("--sweep, --json, --device, --rates and --chart go with --plan")
     try:
-        return _main(options.recipe, options.override, options.check)
+        return _plan(options) if options.plan else _main(options.recipe, options.override, options.check)
     except UserError as error:
         _complain(error)
         return USER_MISTAKE
@@ -67,21 +72,48 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, for example recipes/arithmetic_cpu.yaml")
     parser.add_argument("override", nargs="*", help="keys to change, see below")
     parser.add_argument("--check", action="store_true", help="check the recipe, print what it says, and stop")
+    parser.add_argument("--plan", action="store_true", help="predict memory and time of every role, and stop")
+    plan = parser.add_argument_group("with --plan")
+    plan.add_argument(
+        "--device", default="", help="a100-40 (default), a100-80, h100, h200, b200, gh200, or one of --rates"
+    )
+    plan.add_argument(
+        "--rates", metavar="FILE", help="your own rates and assumptions, over those of fastkd/plan/rates.yaml"
+    )
+    plan.add_argument("--sweep", action="store_true", help="propose better splits of the same devices over the roles")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument("--chart", metavar="PNG", help="draw the plan")
     return parser
 
 
-def _main(path: str, overrides: list[str], only_check: bool) -> int:
+def _plan(options: argparse.Namespace) -> int:
     try:
-        from fastkd.checks import check, local_run_problems
-        from fastkd.describe import summary
+        from fastkd.checks import load_and_check
+        from fastkd.plan.command import PlanOptions, hinders, run_plan
         from fastkd.recipe import load_recipe
     except ModuleNotFoundError as error:
         raise _missing(error) from None
 
-    loaded = load_recipe(path, overrides)
-    report = check(loaded)
-    if report.errors:
-        raise RecipeErrors(report.errors)
+    try:
+        loaded, _ = load_and_check(options.recipe, options.override)
+    except RecipeErrors as found:
+        if errors := [error for error in found.errors if hinders(error)]:
+            raise RecipeErrors(errors) from None
+        loaded = load_recipe(options.recipe, options.override)
+    run_plan(loaded, PlanOptions(options.device, options.rates, options.json, options.sweep, options.chart))
+    return OK
+
+
+def _main(path: str, overrides: list[str], only_check: bool) -> int:
+    try:
+        from fastkd.checks import load_and_check, local_run_problems, needs_cluster
+        from fastkd.describe import summary
+        from fastkd.fits import memory_warnings
+    except ModuleNotFoundError as error:
+        raise _missing(error) from None
+
+    loaded, report = load_and_check(path, overrides)
+    report.warnings.extend(memory_warnings(loaded))
     apart = local_run_problems(loaded)
     if only_check:
         print(summary(loaded, report))
@@ -89,7 +121,7 @@ def _main(path: str, overrides: list[str], only_check: bool) -> int:
             print("\nTo run it here, in one process on one device, add")
             print("  " + " ".join(error.remedy.removeprefix("Add ") for error in apart))
         return OK
-    if apart:
+    if needs_cluster(loaded.recipe) and importlib.util.find_spec("ray") is None:
         raise RecipeErrors(apart)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -97,7 +129,12 @@ def _main(path: str, overrides: list[str], only_check: bool) -> int:
         from fastkd.runner import run
     except ModuleNotFoundError as error:
         raise _missing(error) from None
-    run(loaded)
+    if loaded.recipe.data.blend.enabled:
+        from fastkd import offpolicy
+
+        offpolicy.run(loaded, loaded.recipe.data.blend)
+    else:
+        run(loaded)
     return OK
 
 

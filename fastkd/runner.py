@@ -4,108 +4,86 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
-from fastkd import log, metrics
+from fastkd import calibration, log, metrics
+from fastkd.ahead import Ahead
 from fastkd.batch import Rollout
-from fastkd.checkpoint import Checkpoints, TrainingInfo, Workers
+from fastkd.checkpoint import Checkpoints, TrainingInfo
+from fastkd.checks import needs_cluster
 from fastkd.driver import Inputs, RunFolder, prepare
-from fastkd.errors import CheckpointError, NonFiniteLoss
+from fastkd.errors import CheckpointError, NonFiniteLoss, WorkerError
 from fastkd.log import bars, console, logger
 from fastkd.metrics import Metrics, Recorder
 from fastkd.plot import plot
-from fastkd.pools import LocalPool, local_device
-from fastkd.profiling import Spans, memory_gib
+from fastkd.pools import local_device
+from fastkd.profiling import Spans
 from fastkd.recipe import LoadedRecipe
-from fastkd.report import closing_table, opening, summarise
-from fastkd.rollout import Generation, Request
+from fastkd.report import closing_table, opening, role_table, summarise
+from fastkd.roles import LocalRoles, Roles, Scored
+from fastkd.rollout import Request
 from fastkd.sampling import Sampler
-from fastkd.student import Student
-from fastkd.teacher import Teacher, shares_student
+from fastkd.stop import Stop, Stopped
+from fastkd.timeline import Timeline, Work, busy
 from fastkd.validate import Validator
 
 
 class Runner:
-    """One run: its pools, its place in the data, and the cadence of everything around a step."""
+    """One run: its roles, its place in the data, and the cadence of everything around a step."""
 
-    def __init__(self, loaded: LoadedRecipe, inputs: Inputs, folder: RunFolder):
-        self.loaded, self.inputs, self.folder = loaded, inputs, folder
+    def __init__(self, loaded: LoadedRecipe, inputs: Inputs, folder: RunFolder, roles: Roles, stop: Stop | None = None):
+        self.loaded, self.inputs, self.folder, self.roles = loaded, inputs, folder, roles
         self.recipe = recipe = inputs.recipe
         self.config = recipe.distillation
         self.prompts = inputs.train
-        self.device = local_device(recipe.cluster)
-        self.spans = Spans()
-        self.student = LocalPool("student", Student, recipe, self.device, inputs.student_vocab)
-        student = self.student.worker
-        shared = student if shares_student(recipe) else None
-        self.teacher = LocalPool("teacher", Teacher, recipe, self.device, inputs.teacher_vocab, None, shared)
-        teacher = self.teacher.worker
-        # In one process the student's own tensors generate: a sync has nothing to move.
-        self.generation = LocalPool(
-            "generation",
-            Generation.embedded,
-            recipe,
-            student.causal_lm,
-            inputs.tokenizer,
-            inputs.student_vocab,
-            student.autocast_dtype,
-        )
-        teacher_generation = LocalPool(
-            "generation",
-            Generation.embedded,
-            recipe,
-            teacher.causal_lm,
-            inputs.tokenizer,
-            inputs.teacher_vocab,
-            base=True,
-        )
-        teacher_generation.worker.max_total_tokens = recipe.teacher.max_total_sequence_length
-        self.validator = Validator(
-            inputs,
-            folder.path,
-            self.generation,
-            self.teacher,
-            self.student,
-            teacher_generation if self.config.val_teacher else None,
-        )
-        workers = Workers(
-            save=partial(self.student.run, Student.save),
-            saved=partial(self.student.run, Student.saved),
-            load=partial(self.student.run, Student.load),
-        )
-        self.checkpoints = Checkpoints(recipe.checkpointing, workers)
+        self.timeline = Timeline(folder.path / "trace.json")
+        self.spans = Spans(lambda name, began, ended: self.timeline.add(Work("driver", 0, name, began, ended)))
+        self.stop = stop or Stop()
+        self.validator = Validator(inputs, folder.path, roles)
+        self.checkpoints = Checkpoints(recipe.checkpointing, roles.workers)
         self.step_number = 0
+        self.consumed_prompts = 0
+        """Prompts of the steps that were trained; those collected ahead are not among them."""
         self.total_tokens = 0
         self.last_step = inputs.last_step
+        steps = -(-self.config.batch_size // recipe.policy.train_global_batch_size)
+        self.stale_limit = steps * self.config.max_off_policy_steps
+        """In optimizer steps."""
+        self.batches = Ahead(self._collect, self.config.max_off_policy_steps, self.last_step)
 
     # --- one step -----------------------------------------------------------------------------------------------
 
     def step(self) -> Metrics:
-        """Sample, score, train, sync."""
+        """Sample and score, train, sync."""
         with self.spans.measure("step"):
-            prompts = self.prompts.next()
-            with self._phase("sampling", "generation"):
-                rollouts = self.generation.run(Generation.sample, prompts, self._request())
-            readings = self.inputs.readings(rollouts)
-            with self._phase("scoring", "teacher"):
-                targets = self.teacher.run(Teacher.score, readings.teacher)
+            with self.stop.at_once():
+                batch = self.batches.next(self.step_number + 1)
+            ages = batch.drop_stale(self.roles.version, self.stale_limit) if self.config.max_off_policy_steps else {}
             with self._phase("training", "training"):
-                trained = self.student.run(Student.train, readings.student, targets)
+                trained = self.roles.train(batch)
             with self.spans.measure("sync"):
-                self.generation.run(Generation.adopt, self.student.worker.version)
+                synced = self.roles.sync()
         self.step_number += 1
-        return trained | self._rollout_metrics(rollouts) | readings.metrics
+        self.consumed_prompts = batch.consumed
+        return trained | synced | ages | self._rollout_metrics(batch.rollouts) | batch.readings.metrics
+
+    def _collect(self, step: int) -> Scored:
+        prompts = self.prompts.next()
+        consumed = self.prompts.consumed
+        batch = self.roles.collect(prompts, self._request(step), self._phase)
+        batch.consumed = consumed
+        return batch
 
     @contextmanager
     def _phase(self, shown: str, span: str) -> Iterator[None]:
         with self.spans.measure(span), bars.phase(shown, self.config.batch_size):
             yield
 
-    def _request(self) -> Request:
+    def _request(self, step: int) -> Request:
         sampler = Sampler(*self.recipe.policy.generation.sampling())
-        return Request(sampler, self.config.num_generations_per_prompt, self.config.seed, step=self.step_number + 1)
+        return Request(sampler, self.config.num_generations_per_prompt, self.config.seed, step=step)
 
     def _rollout_metrics(self, rollouts: Sequence[Rollout]) -> Metrics:
         lengths = [len(rollout.response) for rollout in rollouts if rollout.response]
@@ -124,7 +102,23 @@ class Runner:
     # --- around the steps ---------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """All steps that are left, then the summary."""
+        """All steps that are left, then the summary. A lost training group goes on from the newest checkpoint."""
+        with self.stop:
+            while True:
+                try:
+                    done = self._run()
+                    break
+                except WorkerError as error:
+                    self.batches.reset()
+                    self.roles.revive(error)
+                finally:
+                    self.batches.close()
+                    self.timeline.flush()
+        if done:
+            self._finish()
+
+    def _run(self) -> bool:
+        """Resume, and take the steps that are left; False when somebody stopped it before."""
         resumed = self._resume()
         elapsed_before = resumed.elapsed_seconds if resumed else 0.0
         began = time.monotonic()
@@ -132,6 +126,8 @@ class Runner:
         recorder = Recorder(
             self.folder.metrics, self.recipe.logger, resumed.step if resumed else None, self.loaded.resolved
         )
+        found: Metrics = {}
+        saved = self.step_number
 
         def elapsed() -> float:
             return elapsed_before + time.monotonic() - began
@@ -141,30 +137,45 @@ class Runner:
 
         try:
             with bars.run(self.last_step, self.step_number), self.checkpoints.finishing():
-                if self.step_number == 0 and self.config.val_at_start and self.inputs.validation:
-                    record(self._validate(first=True) | self._memory())
-                while self.step_number < self.last_step:
-                    found = self._guarded_step()
-                    found |= self._memory()
-                    found["timing/tokens_per_second"] = found["rollout/tokens"] / self.spans.seconds("step")
-                    self._say(found)
-                    if self._validation_due():
-                        found |= self._validate(first=not self._validated_before())
-                    record(found)
-                    self.checkpoints.poll()
-                    late = deadline is not None and time.monotonic() - began > deadline
-                    if self._checkpoint_due() or late:
+                try:
+                    if self.step_number == 0 and self.config.val_at_start and self.inputs.validation:
+                        record(self._validate(first=True) | self.roles.memory())
+                    while self.step_number < self.last_step:
+                        found = self._guarded_step()
+                        found |= self.roles.memory() | self._busy()
+                        found["timing/tokens_per_second"] = found["rollout/tokens"] / self.spans.seconds("step")
+                        self._say(found)
+                        if self._validation_due():
+                            found |= self._validate(first=not self._validated_before())
+                        record(found)
+                        self.checkpoints.poll()
+                        late = deadline is not None and time.monotonic() - began > deadline
+                        if self._checkpoint_due() or late:
+                            self._save(found, elapsed())
+                            saved = self.step_number
+                        bars.stepped(role_table(found | self.spans.peek()))
+                        if late and self.step_number < self.last_step:
+                            key = "checkpointing.checkpoint_must_save_by"
+                            logger.info(
+                                f"stopped after step {self.step_number} to keep {key}="
+                                f"{self.recipe.checkpointing.checkpoint_must_save_by}; the same command resumes"
+                            )
+                            return False
+                        if self.step_number < self.last_step:
+                            self.stop.check()
+                except Stopped as stopped:
+                    if self.recipe.checkpointing.enabled and self.step_number > saved:
                         self._save(found, elapsed())
-                    bars.stepped()
-                    if late and self.step_number < self.last_step:
-                        logger.info(
-                            f"stopped after step {self.step_number} to keep checkpointing.checkpoint_must_save_by="
-                            f"{self.recipe.checkpointing.checkpoint_must_save_by}; the same command resumes"
-                        )
-                        return
+                    self._say_stopped(stopped)
+                    return False
         finally:
             recorder.close()
-        self._finish()
+        return True
+
+    def _say_stopped(self, stopped: Stopped) -> None:
+        kept = self.recipe.checkpointing.enabled
+        what = "the same command resumes" if kept else "nothing was kept (checkpointing.enabled=false)"
+        logger.info(f"stopped by {stopped} after step {self.step_number}; {what}")
 
     def _guarded_step(self) -> Metrics:
         try:
@@ -176,17 +187,28 @@ class Runner:
             where = f"the last good checkpoint is {self.checkpoints.path(kept[-1])}" if kept else "no checkpoint yet"
             raise NonFiniteLoss(f"step {self.step_number + 1}: {error} ({where}).") from error
 
-    def _memory(self) -> Metrics:
-        # Asked once per line of metrics: on a GPU it is the peak since it was last asked.
-        return {"memory/all_gib": memory_gib(self.device)}
+    def _busy(self) -> Metrics:
+        """How much of the step each role worked."""
+        shares = busy(self._trace(), self.roles.sizes, self.spans.seconds("step"))
+        return {f"timing/busy_{role}": share for role, share in shares.items()}
+
+    def _trace(self) -> list[Work]:
+        """What workers did since the last time, into the timeline."""
+        done = self.roles.take_work()
+        for one in done:
+            self.timeline.add(one)
+        self.timeline.flush()
+        return done
 
     def _say(self, found: Metrics) -> None:
         loss = "jsd" if self.recipe.loss_fn.kl_type == "jsd" else "kl"
         logger.info(metrics.step_line(self.step_number, self.last_step, found | self.spans.peek(), loss))
 
     def _validate(self, *, first: bool) -> Metrics:
-        with self.spans.measure("validation"):
-            return self.validator.run(self.step_number, first=first)
+        with self.spans.measure("validation"), self.stop.at_once():
+            found = self.validator.run(self.step_number, first=first)
+        self._trace()
+        return found
 
     def _validation_due(self) -> bool:
         if not self.inputs.validation:
@@ -205,25 +227,34 @@ class Runner:
 
     def _resume(self) -> TrainingInfo | None:
         """Take up the newest checkpoint, if there is one."""
-        if not self.recipe.checkpointing.enabled:
-            return None
-        info = self.checkpoints.load_newest()
-        if info is None:
-            return None
-        self.generation.run(Generation.adopt, self.student.worker.version)
-        self.step_number, self.total_tokens = info.step, info.total_tokens
-        self.prompts.consumed = info.consumed_prompts
-        logger.info(f"resumed from {self.checkpoints.path(info.step)}")
+        info = self.checkpoints.load_newest() if self.recipe.checkpointing.enabled else None
+        self.step_number, self.total_tokens = (info.step, info.total_tokens) if info else (0, 0)
+        self.prompts.consumed = self.consumed_prompts = info.consumed_prompts if info else 0
+        self.roles.sync()
+        if info is None and self.recipe.policy.quantization is not None:
+            self._calibrate()
+        if info is not None:
+            logger.info(f"resumed from {self.checkpoints.path(info.step)}")
         return info
+
+    def _calibrate(self) -> None:
+        """Fix the scales of a student that is quantised, on the text that the recipe names or on its own."""
+        request = replace(self._request(0), generations=1, purpose="calibration")
+        rollouts = calibration.sequences(self.inputs, lambda prompts: self.roles.sample(prompts, request))
+        self.roles.calibrate(rollouts)
+        self.roles.sync()
+        tokens = sum(rollout.packed_length for rollout in rollouts)
+        preset = self.recipe.policy.quant_cfg
+        logger.info(f"quantised to NVFP4 ({preset}), calibrated on {len(rollouts)} sequences, {tokens:,} tokens")
 
     def _save(self, found: Metrics, elapsed: float) -> None:
         with self.spans.measure("checkpoint"):
-            info = TrainingInfo(self.step_number, self.prompts.consumed, self.total_tokens, elapsed, found)
+            info = TrainingInfo(self.step_number, self.consumed_prompts, self.total_tokens, elapsed, found)
             export = self._export if self.recipe.checkpointing.save_consolidated else None
             self.checkpoints.save(info, self.loaded.to_yaml(), export)
 
     def _export(self, path: Path) -> None:
-        self.student.run(Student.export, path)
+        self.roles.export(path)
         self.inputs.tokenizer.save_pretrained(path)
 
     def _finish(self) -> None:
@@ -243,8 +274,32 @@ def _seconds(text: str | None) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+@contextmanager
+def started(inputs: Inputs) -> Iterator[Roles]:
+    """The workers of a recipe: in this process, or on the nodes of a Ray cluster."""
+    if not needs_cluster(inputs.recipe):
+        roles = _local(inputs)
+        try:
+            yield roles
+        finally:
+            roles.close()
+        return
+    from fastkd.ray_roles import RayRoles
+
+    with RayRoles.started(inputs) as roles:
+        yield roles
+
+
+def _local(inputs: Inputs) -> Roles:
+    if inputs.recipe.policy.generation.backend == "vllm":
+        from fastkd.vllm_roles import LocalVllmRoles
+
+        return LocalVllmRoles(inputs)
+    return LocalRoles(inputs)
+
+
 def run(loaded: LoadedRecipe) -> None:
-    """Run a recipe to its end on this machine; resumes by itself.
+    """Run a recipe to its end; resumes by itself.
 
     Raises:
         UserError: the recipe, data or models cannot be used; nothing was written.
@@ -253,7 +308,8 @@ def run(loaded: LoadedRecipe) -> None:
     """
     log.configure()
     inputs = prepare(loaded)
-    local_device(inputs.recipe.cluster)  # a missing GPU is a mistake to find before the run folder exists
+    if not needs_cluster(inputs.recipe):
+        local_device(inputs.recipe.cluster)  # a missing GPU is a mistake to find before the run folder exists
     folder = RunFolder(inputs.recipe)
     try:
         if folder.completed_steps() >= inputs.last_step:
@@ -264,6 +320,13 @@ def run(loaded: LoadedRecipe) -> None:
             return
         folder.record(loaded)
         opening(loaded, inputs)
-        Runner(loaded, inputs, folder).run()
+        with Stop() as stop, ExitStack() as workers:
+            try:
+                with stop.at_once():
+                    roles = workers.enter_context(started(inputs))
+            except Stopped as stopped:
+                logger.info(f"stopped by {stopped} before the first step")
+                return
+            Runner(loaded, inputs, folder, roles, stop).run()
     finally:
         folder.close()

@@ -17,7 +17,19 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastkd import grad_norm, lora, lora_export, models, optim, packing, parallel, train_state, weights_export
+from fastkd import (
+    grad_norm,
+    lora,
+    lora_export,
+    models,
+    nvfp4_export,
+    optim,
+    packing,
+    parallel,
+    quantization,
+    train_state,
+    weights_export,
+)
 from fastkd.batch import Rollout, idle, pack
 from fastkd.config import Recipe
 from fastkd.errors import NonFiniteLoss
@@ -46,6 +58,7 @@ class Student:
 
     def __init__(self, recipe: Recipe, device: torch.device, valid_vocab: int | None, mesh: DeviceMesh | None = None):
         self.policy = recipe.policy
+        self.logs_norm = recipe.logger.log_params_norm
         self.device, self.mesh, self.valid_vocab = device, mesh, valid_vocab
         loss = recipe.loss_fn
         self.divergence = Divergence(loss.kl_type, loss.outside, loss.mixed_kl_weight, loss.jsd_beta, loss.temperature)
@@ -61,6 +74,7 @@ class Student:
             torch.float32 if self.adapters is None else models.DTYPES[self.policy.precision],
             trained=True,
             adapters=self.adapters,
+            quantized=self.policy.quantization,
             seed=recipe.distillation.seed,
         )
         self.causal_lm = self.model.causal_lm
@@ -111,6 +125,7 @@ class Student:
         Raises:
             NonFiniteLoss: before the weights change.
         """
+        assert not self.needs_calibration, "calibrate the student first"
         size = self.policy.train_global_batch_size
         totals: dict[str, float] = {}
         steps = 0
@@ -125,7 +140,10 @@ class Student:
         if self.mean is not None:
             self.mean.update()
         # Means over the optimizer steps, as NeMo RL reports them.
-        return {name: value / steps for name, value in totals.items()} | {"train/lr": float(lr)}
+        found = {name: value / steps for name, value in totals.items()} | {"train/lr": float(lr)}
+        if self.logs_norm:
+            found["train/params_norm"] = float(grad_norm.global_norm(p.detach() for p in self.causal_lm.parameters()))
+        return found
 
     def _optimizer_step(self, rollouts: Sequence[Rollout], targets: Sequence[TopK | None]) -> dict[str, float]:
         tokens = sum(len(rollout.response) for rollout in rollouts)
@@ -163,10 +181,7 @@ class Student:
 
     def _forward(self, rollouts, targets, *, weight: float, divergence: Divergence):
         """Yields (TopKLoss, sequences) per micro-batch of this rank; the caller runs backward before the next."""
-        lengths = [rollout.packed_length for rollout in rollouts]
-        bins = packing.for_policy(self.policy, lengths, training=True)
-        rank, ranks = parallel.data_rank(self.mesh)
-        for indices in packing.assign(bins, lengths, ranks)[rank]:
+        for indices in self._micro_batches(rollouts):
             batch = pack([rollouts[index] for index in indices]) if indices else idle()
             batch = batch.to(self.device)
             teacher = _concatenate([targets[index] for index in indices], self.device)
@@ -174,6 +189,23 @@ class Student:
             with self.autocast():
                 loss = self.model(batch, FusedLoss(divergence, teacher, weights_A, self.valid_vocab))
             yield loss, len(indices)
+
+    def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
+        """What this rank trains on: places in ``rollouts`` by micro-batch, empty for one that it idles through."""
+        lengths = [rollout.packed_length for rollout in rollouts]
+        bins = packing.for_policy(self.policy, lengths, training=True)
+        rank, ranks = parallel.data_rank(self.mesh)
+        return packing.assign(bins, lengths, ranks)[rank]
+
+    def share(self, rollouts: Sequence[Rollout], *, training: bool = True) -> set[int]:
+        """Places of the rollouts that this rank needs the teacher's rows of, in ``train`` or in ``divergences``."""
+        size = self.policy.train_global_batch_size if training else max(len(rollouts), 1)
+        return {
+            start + index
+            for start in range(0, len(rollouts), size)
+            for indices in self._micro_batches(rollouts[start : start + size])
+            for index in indices
+        }
 
     @torch.no_grad()
     def divergences(
@@ -203,12 +235,35 @@ class Student:
     def export(self, path: Path) -> None:
         """Write the weights in Hugging Face format, in the recipe's precision; every rank calls it.
 
-        Adapters are merged into the weights, and written by themselves to ``adapter/`` in PEFT's format.
+        Adapters are merged into the weights, and written by themselves to ``adapter/`` in PEFT's format. A quantised
+        student is written as ``fastkd.nvfp4_export`` says.
         """
+        if quantization.has_quantizers(self.causal_lm):
+            nvfp4_export.export(self.causal_lm, path)
+            return
         weights_export.export(self.causal_lm, path, models.DTYPES[self.policy.precision])
         if self.adapters is not None:
             lora_export.export(self.causal_lm, path / "adapter", self.policy.model_name)
             parallel.meet(self.mesh)  # the first rank writes: nobody goes on before the files are there
+
+    # --- quantisation ---------------------------------------------------------------------------------------------
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the recipe quantises activations, and their scales are not known yet."""
+        return quantization.has_quantizers(self.causal_lm) and not quantization.quantizers_of(self.causal_lm).on
+
+    def calibrate(self, rollouts: Sequence[Rollout]) -> None:
+        """Fix the activations' scales by what they are on these sequences; from then on the student is quantised.
+
+        Every rank calls it with the same sequences.
+        """
+        self.causal_lm.eval()
+        with quantization.calibrating(self.causal_lm), self.autocast():
+            for indices in self._micro_batches(rollouts):
+                batch = pack([rollouts[index] for index in indices]) if indices else idle()
+                self.model(batch.to(self.device), lambda hidden, shard, batch: hidden.sum())
+        self.causal_lm.train()
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -220,6 +275,8 @@ class Student:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
         self.version = train_state.restore(state, self.causal_lm, self.optimizer, self.scheduler)
+        if quantization.has_quantizers(self.causal_lm):
+            quantization.resume(self.causal_lm)  # with the scales of the state
         if self.mean is not None:
             self.mean.load(state["mean"])
 

@@ -75,6 +75,12 @@ def _local(parameter: Any, *, partial: bool = False) -> Any:
     return None if parameter is None else parameter.to_local(grad_placements=[Partial()] if partial else None)
 
 
+def _linear(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, of quantised values where the layer has a quantiser (``fastkd.quantization``)."""
+    quantizer = getattr(module, "quantizer", None)
+    return F.linear(x, weight, bias) if quantizer is None else quantizer(module, x, weight, bias)
+
+
 def _adapted(module: Any, out: Tensor, x: Tensor, rows: slice = slice(None), **parts: int) -> Tensor:
     """``out`` plus this rank's part of the layer's adapter (``fastkd.lora``), if it has one.
 
@@ -103,7 +109,7 @@ class Columns(Style):
         part = mesh.get_local_rank()
 
         def forward(hidden: Tensor) -> Tensor:
-            out = F.linear(hidden, _local(module.weight), _local(module.bias))
+            out = _linear(module, hidden, _local(module.weight), _local(module.bias))
             out = _adapted(module, out, hidden, outputs=part)
             return move(out, "gather", "slice", -1, mesh) if self.gather_output else out
 
@@ -123,7 +129,7 @@ class Rows(Style):
         def forward(x: Tensor) -> Tensor:
             if self.split_input:
                 x = move(x, "slice", "gather", -1, mesh)
-            out = _adapted(module, F.linear(x, _local(module.weight)), x, inputs=part)
+            out = _adapted(module, _linear(module, x, _local(module.weight)), x, inputs=part)
             out = _join(out, self.sp, mesh)
             return out if module.bias is None else out + _local(module.bias, partial=self.sp)
 
@@ -144,7 +150,7 @@ class OneHead(Style):
 
         def forward(hidden: Tensor) -> Tensor:
             bias = None if module.bias is None else _local(module.bias, partial=True)[rows]
-            out = F.linear(hidden, _local(module.weight, partial=True)[rows], bias)
+            out = _linear(module, hidden, _local(module.weight, partial=True)[rows], bias)
             return _adapted(module, out, hidden, rows, outputs=head)
 
         module.forward = forward

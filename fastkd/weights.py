@@ -21,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from fastkd.log import logger
 from fastkd.lora import is_adapter
+from fastkd.quantization import is_scale
 from fastkd.safetensors_files import SafetensorsFiles
 
 
@@ -36,7 +37,7 @@ def stored_as_is(causal_lm: PreTrainedModel) -> bool:
 def stored_tensors(causal_lm: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """What files hold of a model: parameters and persistent buffers by name, tied ones once; other names of those.
 
-    Adapters are left out. The order is that of ``state_dict``.
+    Adapters and scales of quantisers are left out. The order is that of ``state_dict``.
     """
     tensors: dict[str, Tensor] = {}
     others: dict[str, list[str]] = {}
@@ -45,7 +46,7 @@ def stored_tensors(causal_lm: PreTrainedModel) -> tuple[dict[str, Tensor], dict[
         kept = first.setdefault(id(tensor), name)
         if kept != name:
             others.setdefault(kept, []).append(name)
-        elif not is_adapter(name):
+        elif not is_adapter(name) and not is_scale(name):
             tensors[name] = tensor
     return tensors, others
 

@@ -1,7 +1,8 @@
 """Export: a model, sharded or not, as a Hugging Face folder that transformers and vLLM load.
 
 Every tensor in turn is cast, sent to the first rank part by part, and appended to its file there: there is one whole
-tensor at a time, and on one rank. Adapters are merged into their layers. The header of a safetensors file needs only
+tensor at a time, and on one rank. Adapters are merged into their layers, and quantised layers are written as the values
+they compute with (``fastkd.nvfp4_export`` writes codes and scales instead). The header of a safetensors file needs only
 names and shapes, which are known before. (The library's own writer wants all tensors of a file in memory.)
 """
 
@@ -10,27 +11,30 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from fastkd.errors import CheckpointError, reason
 from fastkd.files import write_json
 from fastkd.lora_export import merged_state
+from fastkd.quantization import fold, has_quantizers, quantized_layers
 from fastkd.safetensors_files import DTYPES
 from fastkd.weights import local_part, stored_as_is, stored_tensors
 
 _NAMES = DTYPES | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+_NAMES[torch.float8_e4m3fn] = "F8_E4M3"
 """Of dtypes in safetensors headers."""
+Entries = Mapping[str, tuple[torch.dtype, Sequence[int]]]
+"""Name → dtype and shape of tensors in a file."""
 
 
 @torch.no_grad()
@@ -51,14 +55,33 @@ def export(causal_lm: Any, path: Path, dtype: torch.dtype, *, max_shard_bytes: i
         CheckpointError: on all ranks, when the first one could not write.
     """
     tensors, _ = stored_tensors(causal_lm)
-    stream = _gathered(causal_lm, tensors, dtype)
+    stream = gathered(causal_lm, tensors, dtype)
+
+    def write() -> None:
+        if not stored_as_is(causal_lm):
+            _save_pretrained(causal_lm, path, dtype, stream, max_shard_bytes)
+            return
+        write_config(causal_lm, path, dtype)
+        entries = {
+            name: (dtype if tensor.is_floating_point() else tensor.dtype, tensor.shape)
+            for name, tensor in tensors.items()
+        }
+        parameters = sum(tensor.numel() for tensor in tensors.values())
+        write_files(path, entries, stream, max_shard_bytes, parameters)
+
+    together(path, stream, write)
+
+
+def together(path: Path, stream: Iterator[Any], write: Callable[[], None]) -> None:
+    """``write()`` on the first rank, which takes the tensors of ``stream``; the others only help to gather them.
+
+    Raises:
+        CheckpointError: on all ranks, when the first one could not write.
+    """
     failure: Exception | None = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            if stored_as_is(causal_lm):
-                _write(causal_lm, path, dtype, tensors, stream, max_shard_bytes)
-            else:
-                _save_pretrained(causal_lm, path, dtype, stream, max_shard_bytes)
+            write()
         except Exception as error:  # the other ranks wait in a gather: go on with them, then stop together
             failure = error
     for _ in stream:
@@ -75,30 +98,47 @@ def export(causal_lm: Any, path: Path, dtype: torch.dtype, *, max_shard_bytes: i
         ) from failure
 
 
-def _gathered(causal_lm: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor | None]:
-    """The whole tensors in the order of ``tensors``, on the first rank; None on the others. The ranks advance together.
+def gathered(
+    causal_lm: Any,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    *,
+    folded: bool = True,
+) -> Iterator[Tensor | None]:
+    """Whole tensors, cast, one after another on the first rank; None on the others. The ranks advance together.
 
     Not ``full_tensor``: that makes every rank hold the whole tensor several times.
+
+    Args:
+        causal_lm: a transformers model, its parameters plain or DTensors; adapters are merged.
+        tensors: which, in the order of the result (``weights.stored_tensors``).
+        dtype: of floating-point tensors.
+        device: where the first rank wants them. Default: host memory for what is sharded, else where it is.
+        folded: weights of quantised layers as the layers use them.
     """
     parts: list[Any] = [{name: local_part(tensor)[0] for name, tensor in tensors.items()}]
     if dist.is_initialized():
         mine, parts = parts[0], [None] * dist.get_world_size()
         dist.all_gather_object(parts, mine)
+    layers = dict(quantized_layers(causal_lm)) if folded and has_quantizers(causal_lm) else {}
     for name, tensor in merged_state(causal_lm):
         if name not in tensors:
             continue  # another name of a tied one
         local = local_part(tensor)[1]
+        if name.endswith(".weight") and name.removesuffix(".weight") in layers:
+            local = fold(causal_lm, layers[name.removesuffix(".weight")], local)
         local = local.to(dtype) if tensor.is_floating_point() else local
         if isinstance(tensor, DTensor):
-            yield _gather(local, tensor.shape, [one[name] for one in parts])
+            yield _gather(local, tensor.shape, [one[name] for one in parts], device or torch.device("cpu"))
         else:
-            yield local
+            yield local if device is None else local.to(device)
 
 
-def _gather(local: Tensor, shape: Sequence[int], parts: list[tuple[slice, ...]]) -> Tensor | None:
-    """One tensor, put together from the ranks' parts in host memory of the first rank; copies are sent once."""
+def _gather(local: Tensor, shape: Sequence[int], parts: list[tuple[slice, ...]], device: torch.device) -> Tensor | None:
+    """One tensor, put together from the ranks' parts on the first rank; copies are sent once."""
     rank = dist.get_rank()
-    whole = torch.empty(shape, dtype=local.dtype) if rank == 0 else None
+    whole = torch.empty(shape, dtype=local.dtype, device=device) if rank == 0 else None
     for sender, part in enumerate(parts):
         size = [one.stop - one.start for one in part]
         if 0 in size or part in parts[:sender] or rank not in (0, sender):
@@ -112,52 +152,68 @@ def _gather(local: Tensor, shape: Sequence[int], parts: list[tuple[slice, ...]])
         else:
             piece = local
         if whole is not None:
-            whole[part] = piece.cpu()
+            whole[part] = piece.to(device)
         del piece  # before the next one arrives
     return whole
 
 
-def _write(
-    causal_lm: Any,
-    path: Path,
-    dtype: torch.dtype,
-    tensors: dict[str, Tensor],
-    stream: Iterator[Tensor | None],
-    limit: int,
-) -> None:
-    def stored_dtype(tensor: Tensor) -> torch.dtype:
-        return dtype if tensor.is_floating_point() else tensor.dtype
+def write_files(path: Path, entries: Entries, stream: Iterator[Any], limit: int, parameters: int) -> None:
+    """Write safetensors files, and an index when there are several.
 
-    path.mkdir(parents=True, exist_ok=True)
-    _write_config(causal_lm, path, dtype)
-    if causal_lm.can_generate():
-        causal_lm.generation_config.save_pretrained(path)
-    split: StateDictSplit = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: tensor.numel() * stored_dtype(tensor).itemsize,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=limit,
-    )
-    for name, inside in split.filename_to_tensors.items():
+    Args:
+        path: a folder.
+        entries: what is written, in the order of ``stream``.
+        stream: the whole tensors.
+        limit: bytes of a file.
+        parameters: of the model, for the index.
+    """
+    parts = list(_split(entries, limit))
+    names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    if len(parts) == 1:
+        names = [SAFE_WEIGHTS_NAME]
+    for name, inside in zip(names, parts, strict=True):
         with (path / name).open("wb") as file:
-            _write_header(file, {one: (stored_dtype(tensors[one]), tensors[one].shape) for one in inside})
+            _write_header(file, {one: entries[one] for one in inside})
             for _ in inside:
                 whole: Any = next(stream)
                 file.write(whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 del whole  # before the next one is gathered
             file.flush()
             os.fsync(file.fileno())
-    if split.is_sharded:
-        counts = {"total_parameters": sum(tensor.numel() for tensor in tensors.values())}
-        write_json(path / SAFE_WEIGHTS_INDEX_NAME, {
-            "metadata": counts | split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))
-        })  # fmt: skip
+    if len(parts) > 1:
+        places = {one: name for name, inside in zip(names, parts, strict=True) for one in inside}
+        counts = {"total_parameters": parameters, "total_size": sum(map(_bytes, entries.values()))}
+        write_json(path / SAFE_WEIGHTS_INDEX_NAME, {"metadata": counts, "weight_map": dict(sorted(places.items()))})
 
 
-def _write_config(causal_lm: Any, path: Path, dtype: torch.dtype) -> None:
+def _split(entries: Entries, limit: int) -> Iterator[list[str]]:
+    """What each file holds, in the order of ``entries``: huggingface_hub's own split moves large tensors forward."""
+    held: list[str] = []
+    size = 0
+    for name, entry in entries.items():
+        if held and size + _bytes(entry) > limit:
+            yield held
+            held, size = [], 0
+        held.append(name)
+        size += _bytes(entry)
+    yield held
+
+
+def _bytes(entry: tuple[torch.dtype, Sequence[int]]) -> int:
+    dtype, shape = entry
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def write_config(causal_lm: Any, path: Path, dtype: torch.dtype, quantization: dict[str, Any] | None = None) -> None:
+    """Write config.json, with ``quantization_config`` when given, and generation_config.json; makes the folder."""
+    path.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(causal_lm.config)
     config.dtype, config.architectures = dtype, [type(causal_lm).__name__.removeprefix("FSDP")]
+    if quantization is not None:
+        config.quantization_config = quantization
     config.save_pretrained(path)
+    if causal_lm.can_generate():
+        causal_lm.generation_config.save_pretrained(path)
 
 
 def _write_header(file: BinaryIO, entries: dict[str, tuple[torch.dtype, Sequence[int]]]) -> None:
@@ -165,7 +221,7 @@ def _write_header(file: BinaryIO, entries: dict[str, tuple[torch.dtype, Sequence
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in entries.items():
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        start, end = end, end + _bytes((dtype, shape))
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data start at a multiple of 8 bytes
@@ -179,6 +235,6 @@ def _save_pretrained(
     state = dict(zip(stored_tensors(causal_lm)[0], stream, strict=True))
     transformers_logging.disable_progress_bar()
     causal_lm.save_pretrained(path, state_dict=state, max_shard_size=limit)
-    _write_config(causal_lm, path, dtype)  # once more: transformers writes the dtype in memory
+    write_config(causal_lm, path, dtype)  # once more: transformers writes the dtype in memory
     for file in path.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors makes its files readable by the owner alone

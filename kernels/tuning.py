@@ -31,6 +31,7 @@ _BASE = {
     "write_dlogits": Tile(4096, 8),
     "finish_rows": Tile(512, 4),
     "sum24": Tile(4096, 8),
+    "nvfp4": Tile(256, 8),
     "lane_maxima": Tile(4096, 16),
     "lane_candidates": Tile(1024, 4),
     "select_rows": Tile(1024, 4),

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fastkd.checks import check, local_run_problems
+from fastkd import fits
+from fastkd.checks import allocation, check, local_run_problems
 from fastkd.checks.model_files import find_folder, looks_local
 from fastkd.config.inherit import merge
 from fastkd.errors import RecipeErrors
@@ -36,7 +37,7 @@ def elsewhere(tmp_path, monkeypatch):
     """Nothing of the machine leaks in: empty folder, empty model cache, no Slurm."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name in ("HF_HUB_OFFLINE", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"):
+    for name in ("HF_HUB_OFFLINE", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_GPUS_ON_NODE", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -61,6 +62,7 @@ def model(folder, vocab=None, **sizes):
     """A folder that looks like a model: config.json and, with a vocabulary, tokenizer.json."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(sizes))
+    (folder / "model.safetensors").touch()
     if vocab is not None:
         content = {"model": {"vocab": vocab}, "added_tokens": [{"content": "<eos>", "id": len(vocab)}]}
         (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -232,6 +234,71 @@ def test_the_slurm_allocation_has_the_nodes_of_the_recipe(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
     assert "allocation has 4 nodes" in errors(tree=ISOLATED)["cluster.num_nodes"]
     assert "uses one of them" in warnings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "gpus"),
+    [("SLURM_GPUS_ON_NODE", "2", 2), ("SLURM_GPUS_PER_NODE", "a100:2", 2), ("SLURM_GPUS_PER_NODE", "8(x3)", 8)],
+)
+def test_the_slurm_allocation_has_the_gpus_of_the_recipe(monkeypatch, variable, value, gpus):
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    monkeypatch.setenv(variable, value)
+    if gpus < 4:
+        assert f"{gpus} GPUs on each node" in errors(tree=ISOLATED)["cluster.gpus_per_node"]
+    else:
+        assert "cluster.gpus_per_node=4 of them work" in warnings(tree=ISOLATED)
+    assert errors("cluster.simulated=true", tree=ISOLATED) == {}
+
+
+def test_the_ray_cluster_has_the_nodes_and_devices_of_the_recipe(monkeypatch):
+    def cluster(*devices, resource="GPU"):
+        nodes = [
+            {
+                "NodeName": f"n{i}",
+                "NodeManagerAddress": f"10.0.0.{i}",
+                "NodeID": f"{i}" * 56,
+                "Resources": {resource: n},
+            }
+            for i, n in enumerate(devices)
+        ]
+        monkeypatch.setattr(allocation, "_alive", lambda address: nodes)
+
+    cluster(4, 4)
+    assert errors(tree=ISOLATED) == {}  # RAY_ADDRESS is not set: nobody is asked
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.0:6379")
+    assert "the Ray cluster has 2 nodes" in errors(tree=ISOLATED)["cluster.num_nodes"]
+    cluster(4, 4, 4)
+    assert (errors(tree=ISOLATED), warnings(tree=ISOLATED)) == ({}, "")
+    assert set(errors("cluster.exclude_nodes=[n1]", tree=ISOLATED)) == {"cluster.num_nodes"}
+    cluster(4, 4, 2)
+    assert "2 have so many GPUs; 3 must" in errors(tree=ISOLATED)["cluster.gpus_per_node"]
+    cluster(4, 4, 4, 4)
+    assert "has 4 nodes that fit" in warnings(tree=ISOLATED)
+    cluster(2, 2, 2, resource="fastkd_slot")
+    cpu = ["cluster.gpus_per_node=0", "cluster.cpu_slots_per_node=2"]
+    assert errors(*cpu, tree=ISOLATED) == {}
+    three = [
+        cpu[0],
+        "cluster.cpu_slots_per_node=3",
+        "policy.train_global_batch_size=9",
+        "distillation.num_prompts_per_step=9",
+    ]
+    assert set(errors(*three, tree=ISOLATED)) == {"cluster.cpu_slots_per_node"}
+
+
+def test_a_ray_address_that_nobody_answers(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert "no Ray cluster answers" in errors()["RAY_ADDRESS"]
+
+
+def test_an_engine_fits_a_node_and_shares_only_a_whole_gpu():
+    engine = "policy.generation.vllm_cfg"
+    vllm = ["policy.generation.backend=vllm", "cluster.gpus_per_node=4", "cluster.num_nodes=2"]
+    wide = [*vllm, f"{engine}.tensor_parallel_size=8"]
+    assert "does not fit the 4 GPUs of a node" in errors(*wide)[f"{engine}.tensor_parallel_size"]
+    shared = [*vllm, f"{engine}.tensor_parallel_size=2"]
+    assert "shares its GPUs" in errors(*shared)[f"{engine}.tensor_parallel_size"]
+    assert set(errors(*vllm, f"{engine}.gpu_memory_utilization=0")) == {f"{engine}.gpu_memory_utilization"}
 
 
 # --- context distillation ---------------------------------------------------------------------------------
@@ -469,6 +536,106 @@ def test_cached_models_are_found_and_offline_ones_must_be(tmp_path, monkeypatch)
     found = errors("distillation.topk_logits_k=8")
     assert set(found) == {"teacher.model_name"}
     assert "HF_HUB_OFFLINE" in found["teacher.model_name"]
+
+
+def test_files_of_weights(tmp_path):
+    name = model(tmp_path / "m", vocab_size=100)
+    (tmp_path / "m" / "model.safetensors").unlink()
+    both = [f"policy.model_name={name}", f"teacher.model_name={name}"]
+    assert "holds no weights" in warnings(*both)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "m" / "model-1.safetensors").touch()
+    assert "1 of its files are not there: model-2.safetensors" in errors(*both)["policy.model_name"]
+    (tmp_path / "m" / "model-2.safetensors").touch()
+    assert (errors(*both), warnings(*both)) == ({}, "")
+
+
+def test_a_chat_template_is_there(tmp_path):
+    name = model(tmp_path / "m", {"a": 0, "b": 1}, vocab_size=100)
+    both = [f"policy.model_name={name}", f"teacher.model_name={name}", "distillation.topk_logits_k=2"]
+    (tmp_path / "m" / "tokenizer_config.json").write_text("{}")
+    keys = {"policy.tokenizer.chat_template", "teacher.tokenizer.chat_template"}
+    assert set(errors(*both)) == keys
+    assert errors(*both, "policy.tokenizer.chat_template={{ messages }}") == {}
+    assert "no such file" in errors(*both, "policy.tokenizer.chat_template=t.jinja")["policy.tokenizer.chat_template"]
+    (tmp_path / "m" / "chat_template.jinja").write_text("{{ messages }}")
+    assert errors(*both) == {}
+
+
+def test_published_sizes_stand_in_for_a_model_that_is_elsewhere():
+    names = ["policy.model_name=Qwen/Qwen3-0.6B", "teacher.model_name=Qwen/Qwen3-32B"]
+    assert errors(*names) == {}
+    assert "151936 tokens" in errors(*names, "distillation.topk_logits_k=151937")["distillation.topk_logits_k"]
+    sharded = [*names, "cluster.gpus_per_node=5", "teacher.dtensor_cfg.tensor_parallel_size=5"]
+    batch = ["policy.train_global_batch_size=5", "distillation.num_prompts_per_step=5"]
+    assert "64 attention heads" in errors(*sharded, *batch)["teacher.dtensor_cfg.tensor_parallel_size"]
+
+
+def test_the_intermediate_size_and_the_vocabulary_divide(tmp_path):
+    two = ["cluster.gpus_per_node=2", "policy.dtensor_cfg.tensor_parallel_size=2"]
+    for number, (sizes, words) in enumerate(
+        (({"intermediate_size": 7}, "intermediate size 7"), ({"vocab_size": 1}, "without any of the model's 1"))
+    ):
+        name = model(tmp_path / str(number), num_attention_heads=4, **sizes)
+        found = errors(*two, f"policy.model_name={name}", f"teacher.model_name={name}", "distillation.topk_logits_k=1")
+        assert words in found["policy.dtensor_cfg.tensor_parallel_size"]
+
+
+# --- names and files --------------------------------------------------------------------------------------
+
+
+def test_names_of_torch_and_of_datasets():
+    assert "Did you mean torch.optim.AdamW?" in errors("policy.optimizer.name=AdmaW")["policy.optimizer.name"]
+    assert errors("policy.optimizer.name=torch.optim.SGD") == {}
+    entries = "policy.scheduler=[{name: torch.optim.lr_scheduler.LinearLR}, {name: ConstLR}, {milestones: [5]}]"
+    assert "ConstantLR" in errors(entries)["policy.scheduler.1.name"]
+    unknown = ["data.train.data_path=null", "data.train.dataset_name=DeepScalr"]
+    assert "Did you mean DeepScaler?" in errors(*unknown)["data.train.dataset_name"]
+    assert errors(unknown[0], "data.train.dataset_name=org/some-dataset") == {}
+
+
+def test_columns_of_a_local_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('\n{"problem": "1 + 1", "answer": "2", "solution": "two"}\n')
+    file = ["data.train.data_path=rows.jsonl", "data.train.input_key=problem", "data.train.output_key=answer"]
+    assert errors(*file) == {}
+    assert "Write data.train.input_key=problem" in errors(*file, "data.train.input_key=problm")["data.train.input_key"]
+    assert set(errors(*file, "data.train.filter_column=domain")) == {"data.train.filter_column"}
+    where = "distillation.context_distillation"
+    static = [*file, f"{where}.enabled=true", f"{where}.trace_source=static_dataset", "teacher.model_name=org/student"]
+    key = f"{where}.static_trace.answer_column"
+    assert set(errors(*static, f"{key}=solutions")) == {key}
+    assert errors(*static, f"{key}=solution") == {}
+
+
+def test_checkpoints_that_cannot_be_kept_by_their_metric():
+    held_out = ["distillation.val_period=20", "data.train.split_validation_size=512"]
+    assert "save_period=10 is no multiple of distillation.val_period=20" in warnings(*held_out)
+    assert "multiple" not in warnings(*held_out, "checkpointing.save_period=40")
+    assert "multiple" not in warnings(*held_out, "checkpointing.metric_name=null")
+    stop = ["checkpointing.enabled=false", "checkpointing.checkpoint_must_save_by='00:01:00:00'"]
+    assert set(errors(*stop)) == {"checkpointing.checkpoint_must_save_by"}
+
+
+def test_wandb_needs_a_key(monkeypatch):
+    monkeypatch.setattr("pathlib.Path.home", lambda: Path("/nowhere"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert "WANDB_API_KEY" in warnings("logger.wandb_enabled=true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "WANDB_API_KEY" not in warnings("logger.wandb_enabled=true")
+
+
+def test_memory_that_a_gpu_does_not_have(monkeypatch):
+    monkeypatch.setattr(fits, "here", lambda: "")
+    names = ["policy.model_name=Qwen/Qwen3-32B", "teacher.model_name=Qwen/Qwen3-32B", "cluster.gpus_per_node=4"]
+    (found,) = fits.memory_warnings(recipe_from(BASE, names))
+    assert found.startswith("training + generation + teacher: by the plan") and "Turn first: policy" in found
+    monkeypatch.setattr(fits, "here", lambda: "b200")
+    small = ["policy.model_name=Qwen/Qwen3-0.6B", "teacher.model_name=Qwen/Qwen3-0.6B"]
+    assert fits.memory_warnings(recipe_from(BASE, small)) == []
+    assert fits.memory_warnings(recipe_from(BASE, [*names[:2], "cluster.gpus_per_node=0"])) == []
+    assert fits.memory_warnings(recipe_from(BASE)) == []  # sizes of org/student are not known
 
 
 # --- one process ------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_ignored_patterns_cover_both_models_but_no_typos():
 def test_default_tree_holds_exactly_the_keys_that_are_not_required():
     tree = default_tree(Recipe)
     assert tree["distillation"]["topk_logits_k"] == 64
-    assert "model_name" not in tree["policy"] and "train" not in tree["data"]
+    assert "model_name" not in tree["policy"] and tree["data"]["train"] == []
     assert tree["policy"]["generation"]["max_new_tokens"] == "${..max_total_sequence_length}"
 
 

@@ -1,93 +1,102 @@
-"""Grading accepts what is equal and nothing else."""
+"""The evaluation command: figures by hand, a real model, and going on after a cut."""
 
 import json
+from itertools import combinations
 
 import pytest
 
-from fastkd.batch import Prompt, Rollout
-from fastkd.evaluate import Graded, accuracy, grade, is_correct, sample_table, write_samples
-from fastkd.log import Console
+from fastkd import evaluate
+from fastkd.evaluate import GREEDY, SAMPLED, Sample, main, pass_at, summarise
 
 
-@pytest.mark.parametrize(
-    "answer, reference",
-    [
-        (r"53-38: ones 13-8=5, tens 5-3-1=1 \boxed{15}", "15"),
-        ("The answer is 15.", "15"),
-        (r"so we get \boxed{\frac{1}{2}}", "0.5"),
-        (r"\boxed{\frac{2}{4}}", r"\frac{1}{2}"),
-        (r"\boxed{1,234}", "1234"),
-        (r"first \boxed{3}, no: \boxed{15}", "15"),
-        (r"\boxed{x^2 + 2x + 1}", r"(x+1)^2"),
-        (r"\boxed{12}", r"Adding both gives \boxed{12}."),
-        (r"\boxed{-7}", "-7"),
-    ],
-)
-def test_right(answer, reference):
-    assert is_correct(answer, reference)
+def sample(mode, index, generation, correct, tokens=10, finished=True):
+    return Sample(mode, index, generation, correct, tokens, finished, "p", "1", "r")
 
 
-@pytest.mark.parametrize(
-    "answer, reference",
-    [
-        (r"\boxed{51}", "15"),
-        (r"15 \boxed{16}", "15"),
-        ("", "15"),
-        ("no number here", "15"),
-        (r"\boxed{}", "15"),
-        (r"\boxed{15", "16"),
-        (r"\boxed{7}", "-7"),
-        (r"\boxed{15}", None),
-        (r"\boxed{15}", ""),
-    ],
-)
-def test_wrong(answer, reference):
-    assert not is_correct(answer, reference)
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(k):
+    n, right = 4, [0, 1, 3]
+    for c in right:
+        draws = list(combinations([1] * c + [0] * (n - c), k))
+        assert pass_at(k, [c], n) == pytest.approx(sum(any(draw) for draw in draws) / len(draws))
+    assert pass_at(k, right, n) == pytest.approx(sum(pass_at(k, [c], n) for c in right) / 3)
 
 
-class Tokenizer:
-    @staticmethod
-    def batch_decode(rows, skip_special_tokens):
-        assert skip_special_tokens
-        return ["".join(map(chr, row)) for row in rows]
-
-
-def rollouts():
-    answers = [(r"\boxed{4}", "4"), (r"\boxed{5}", "4"), ("", "4")]
-    return [
-        Rollout(Prompt(i, f"2 + [2] = {i}?", want, "", (1,)), 0, tuple(map(ord, text)), bool(text), 0)
-        for i, (text, want) in enumerate(answers)
+def test_figures():
+    samples = [sample(GREEDY, i, 0, i == 0) for i in range(2)]
+    samples += [sample(SAMPLED, 0, g, g < 3, 20, g > 0) for g in range(4)] + [
+        sample(SAMPLED, 1, g, False) for g in range(4)
     ]
+    found = summarise(samples, 4)
+    assert found[GREEDY]["accuracy"] == 0.5 and found[GREEDY]["standard_error"] == pytest.approx(0.5)
+    sampled = found[SAMPLED]
+    assert sampled["accuracy"] == 3 / 8 and sampled["mean_tokens"] == 15 and sampled["truncated"] == 1 / 8
+    assert sampled["pass_at"] == {"1": pytest.approx(3 / 8), "2": pytest.approx(0.5), "4": pytest.approx(0.5)}
+    assert list(summarise(samples[:2], 0)) == [GREEDY]
 
 
-def test_grade_and_accuracy():
-    graded = grade(rollouts(), Tokenizer())
-    assert [one.correct for one in graded] == [True, False, False]
-    assert accuracy(graded) == pytest.approx(1 / 3)
-    assert accuracy([]) == 0
+@pytest.fixture
+def command(arithmetic, tmp_path, capsys):
+    def run(*more, limit="6"):
+        out = tmp_path / "out"
+        code = main(
+            [
+                str(arithmetic / "teacher"),
+                f"--recipe={arithmetic.parent / 'arithmetic_cpu.yaml'}",
+                "--samples=2",
+                f"--limit={limit}",
+                f"--out={out}",
+                *more,
+            ]
+        )
+        return code, out, capsys.readouterr()
+
+    return run
 
 
-def test_table_and_file(tmp_path):
-    graded = grade(rollouts(), Tokenizer())
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(sample_table(graded, 2, "samples"))
-    text = console.export_text()
-    assert "2 + [2] = 0?" in text and "right" in text and "wrong" in text and "= 2?" not in text
-    write_samples(tmp_path / "validation" / "step_1.jsonl", graded)
-    rows = [json.loads(line) for line in (tmp_path / "validation" / "step_1.jsonl").read_text().splitlines()]
-    assert [row["correct"] for row in rows] == [True, False, False]
-    assert rows[2] == {
-        "problem": "2 + [2] = 2?",
-        "response": "",
-        "reference": "4",
-        "correct": False,
-        "tokens": 0,
-        "finished": False,
-    }
+def test_a_trained_model(command):
+    code, out, told = command()
+    assert code == 0 and "greedy" in told.out and "avg@2" in told.out and "pass@2" in told.out
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["greedy"]["accuracy"] == 1.0 and summary["greedy"]["problems"] == 6
+    assert summary["sampled"]["accuracy"] > 0.5
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 + 12 and all(str(row["reference"]) in row["response"] for row in rows if row["correct"])
 
 
-def test_a_long_response_is_shortened_in_the_table():
-    one = Graded(rollouts()[0], "x" * 5000, True)
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(sample_table([one], 1, "samples"))
-    assert console.export_text().count("x") < 450
+def test_the_same_command_goes_on(command, monkeypatch):
+    _, out, _ = command()
+    whole = (out / "samples.jsonl").read_text()
+    lines = whole.splitlines(keepends=True)
+    # Cut off in the middle of a problem, and of a line.
+    (out / "samples.jsonl").write_text("".join(lines[:9]) + lines[9][:20])
+    grade, graded = evaluate.grade, []
+    monkeypatch.setattr(evaluate, "grade", lambda rollouts, tok: graded.extend(rollouts) or grade(rollouts, tok))
+    code, _, _ = command()
+    assert code == 0
+    assert sorted((out / "samples.jsonl").read_text().splitlines()) == sorted(whole.splitlines())
+    assert len(graded) == 10  # five of the six problems that are sampled twice, and no greedy one
+    monkeypatch.setattr(evaluate, "_engine", lambda *_: pytest.fail("everything is there"))
+    assert command()[0] == 0
+
+
+def test_other_settings_need_another_folder(command):
+    assert command()[0] == 0
+    code, _, told = command("policy.generation.temperature=0.5")
+    assert code == 2 and "sampler" in told.err and "--out" in told.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model"], "--data"),
+        (["model", "--data=AIME2024", "--no-greedy"], "--samples"),
+        (["./nowhere", "--data=AIME2024"], "no such folder"),
+        (["model", "--data=AIME2024", "policy.generation.temperatur=1"], "Did you mean policy.generation.temperature?"),
+    ],
+)
+def test_mistakes(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -12,25 +12,31 @@ ROOT = Path(__file__).resolve().parents[1]
 # The house, bottom up. A package (config, checks) is one room. docs/architecture.md explains the rooms.
 FLOORS = [
     "errors files log profiling sampling attention collectives grad_norm plot running_mean prefix_template"
-    " _kernels.reference _kernels.rows"
-    " _kernels.row_topk _kernels.tuning",
-    "config batch process_group tensor_styles block_compile safetensors_files state_files train_state"
+    " ahead stop timeline module_names"
+    " _kernels.nvfp4 _kernels.reference _kernels.rows _kernels.row_topk _kernels.tuning",
+    "config batch health process_group tensor_styles block_compile safetensors_files state_files train_state"
     " _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"
-    " _kernels.triton_lanes _kernels.triton_sum",
-    "recipe metrics packing optim data checkpoint pools evaluate lora_choice context_parallel tensor_plan trace"
-    " _kernels.problem _kernels.triton_math _kernels.triton_stats _kernels.triton_topk",
-    "lora parallel checks context_distillation _kernels.linear_topk _kernels.row_finish",
-    "weights lora_export describe _kernels.triton_finish",
-    "models weights_export _kernels.row_passes",
-    "driver _kernels.heads",
-    "_kernels.linear_kl_low",
+    " _kernels.triton_lanes _kernels.triton_nvfp4 _kernels.triton_sum",
+    "recipe metrics packing optim data checkpoint grading pools lora_choice context_parallel tensor_plan trace"
+    " placement quantization_choice blends"
+    " _kernels.nvfp4_ops _kernels.problem _kernels.triton_math _kernels.triton_stats _kernels.triton_topk",
+    "lora parallel checks context_distillation simulated_cluster quantization conf catalogue"
+    " _kernels.linear_topk _kernels.row_finish",
+    "weights lora_export describe ray_cluster import_conf plan _kernels.triton_finish",
+    "models weights_export fits _kernels.row_passes",
+    "driver weight_sync nvfp4_export _kernels.heads",
+    "vllm_extension vllm_setup calibration _kernels.linear_kl_low",
     "_kernels.linear_kl",
     "_kernels.ops",
     "report kernels",
-    "losses rollout payload",
-    "teacher student",
-    "validate",
+    "losses rollout payload vllm_teacher",
+    "teacher student refs vllm_generation sync_probe",
+    "roles actors verified_sync evaluate",
+    "validate ray_pools cluster_workers engine_actors vllm_roles",
+    "collect",
+    "ray_roles",
     "runner",
+    "offpolicy",
     "run",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

@@ -20,6 +20,7 @@ from fastkd.batch import Rollout
 from fastkd.errors import NonFiniteLoss, WorkerError
 from fastkd.kernels import TopK
 from fastkd.recipe import load_recipe
+from fastkd.roles import LocalRoles
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "arithmetic_cpu.yaml"
 SHORT = [
@@ -200,7 +201,7 @@ def make_runner(folder, *overrides):
     inputs = prepare(loaded)
     run_folder = RunFolder(inputs.recipe)
     run_folder.record(loaded)
-    return runner.Runner(loaded, inputs, run_folder)
+    return runner.Runner(loaded, inputs, run_folder, LocalRoles(inputs))
 
 
 def test_long_prompts_are_masked_and_counted(tmp_path):
@@ -214,13 +215,13 @@ def test_several_generations_per_prompt_and_optimizer_steps(tmp_path):
         tmp_path / "run", "distillation.num_generations_per_prompt=2", "policy.train_global_batch_size=4"
     )
     loop.step()
-    assert loop.student.worker.version == 4
-    assert loop.generation.worker.weights_version == 4
+    assert loop.roles.student.worker.version == 4
+    assert loop.roles.generation.worker.weights_version == 4
 
 
 def test_a_worker_failure_names_role_and_rank(tmp_path, monkeypatch):
     loop = make_runner(tmp_path / "run")
-    monkeypatch.setattr(type(loop.teacher.worker), "score", lambda self, rollouts: 1 / 0)
+    monkeypatch.setattr(type(loop.roles.teacher.worker), "score", lambda self, rollouts: 1 / 0)
     with pytest.raises(WorkerError, match="teacher rank 0: ZeroDivisionError") as caught:
         loop.step()
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
@@ -284,3 +285,41 @@ def test_the_shipped_recipe_reaches_its_bar_and_shifted_teacher_rows_do_not(tmp_
         assert control
         return
     assert bar(json.loads((folder / "summary.json").read_text())) is not control
+
+
+def _start_and_wait(folder, text, *overrides):
+    """A run in a process of its own that has printed ``text``."""
+    process = subprocess.Popen(command(folder, *overrides), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    printed = ""
+    while text not in printed:
+        line = process.stdout.readline()
+        assert line, printed
+        printed += line
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_in_good_order(undisturbed, tmp_path, number):
+    folder = tmp_path / "run"
+    process = _start_and_wait(folder, "step 1/", "checkpointing.save_period=100")
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    assert "stopped by " + number.name in printed and "the same command resumes" in printed
+    (saved,) = [path.name for path in (folder / "checkpoints").iterdir()]
+    assert saved in ("step_1", "step_2", "step_3", "step_4", "step_5")
+    assert not (folder / "summary.json").exists()
+    run(folder, "checkpointing.save_period=100")
+    assert reproducible(folder) == reproducible(undisturbed[0])
+    for name, value in weights(undisturbed[0]).items():
+        assert torch.equal(weights(folder)[name], value), name
+
+
+def test_a_trace_of_the_run_opens(undisturbed):
+    text = (undisturbed[0] / "trace.json").read_text()
+    events = json.loads(text.rstrip().rstrip(",") + "]")
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {"step", "generation", "teacher", "training", "validation", "checkpoint"} <= {e["name"] for e in spans}
+    step = next(event for event in spans if event["name"] == "step")
+    inside = [e for e in spans if step["ts"] <= e["ts"] and e["ts"] + e["dur"] <= step["ts"] + step["dur"] + 1000]
+    assert {"generation", "teacher", "training"} <= {event["name"] for event in inside}

@@ -159,6 +159,16 @@ def test_optimizer_steps_and_one_tick_of_the_schedule(arithmetic, rollouts):
     assert [row.indices.shape for row in targets] == [(len(one.response), 16) for one in sequences]
 
 
+def test_the_norm_of_the_weights_on_request(arithmetic, rollouts):
+    config = recipe(arithmetic)
+    config = config.model_copy(update={"logger": config.logger.model_copy(update={"log_params_norm": True})})
+    student, teacher = Student(config, CPU, None), Teacher(config, CPU, None)
+    sequences = rollouts(8)
+    found = student.train(sequences, teacher.score(sequences))["train/params_norm"]
+    wanted = torch.cat([parameter.flatten() for parameter in student.causal_lm.parameters()]).norm()
+    assert found == pytest.approx(float(wanted), rel=1e-5)
+
+
 def test_learns(arithmetic, rollouts):
     config = recipe(arithmetic, optimizer={"name": "AdamW", "kwargs": {"lr": 3e-3, "weight_decay": 0.0}})
     student, teacher = Student(config, CPU, None), Teacher(config, CPU, None)

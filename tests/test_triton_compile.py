@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastkd._kernels import triton_finish, triton_stats, triton_sum, triton_topk, tuning
+from fastkd._kernels import triton_finish, triton_nvfp4, triton_stats, triton_sum, triton_topk, tuning
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled: unset TRITON_INTERPRET"
@@ -203,6 +203,17 @@ def finish_case(k: int, kl: str, outside: str, phase: str = "EVERYTHING") -> Cas
     )  # fmt: skip
 
 
+def nvfp4_cases() -> list[Case]:
+    """Fake quantisation of every dtype."""
+    return [
+        Case(
+            f"nvfp4 {dtype}", triton_nvfp4.fake_quantize_kernel, "nvfp4", f"*{dtype} *fp32 *{dtype} i32:16 i32:16",
+            {"BLOCKS": lambda block: block},
+        )
+        for dtype in ("bf16", "fp16", "fp32")
+    ]  # fmt: skip
+
+
 VARIANTS = [
     (kl, outside)
     for kl in ("forward", "reverse", "mixed", "jsd")
@@ -214,6 +225,7 @@ CASES += [case for capped in (False, True) for case in sweep_cases(capped)]
 CASES += [finish_case(512, kl, outside) for kl, outside in VARIANTS]
 CASES += [finish_case(512, "mixed", "bucket", phase) for phase in ("MEASURE", "SUM", "WRITE")]
 CASES += [finish_case(k, "mixed", "zero") for k in (64, 2048, 8192)]
+CASES += nvfp4_cases()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda number: f"sm_{number}")

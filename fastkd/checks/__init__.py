@@ -6,16 +6,18 @@ or in the Hugging Face cache; nothing is downloaded, and neither torch nor trans
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from fastkd.checks import context, devices, files, keys, local, models
+from fastkd.checks import allocation, blends, context, devices, files, keys, local, models, torch_names
 from fastkd.checks.finding import Finding
-from fastkd.checks.local import local_run_problems
-from fastkd.errors import RecipeError
-from fastkd.recipe import LoadedRecipe
+from fastkd.checks.local import local_run_problems, needs_cluster
+from fastkd.checks.rest import other_errors
+from fastkd.errors import RecipeError, RecipeErrors
+from fastkd.recipe import LoadedRecipe, load_recipe, without_mistakes
 
-__all__ = ["CheckReport", "check", "local_run_problems"]
+__all__ = ["CheckReport", "check", "load_and_check", "local_run_problems", "needs_cluster"]
 
 _RULES: tuple[Callable[[LoadedRecipe], Iterator[Finding]], ...] = (
     keys.loss,
@@ -23,11 +25,16 @@ _RULES: tuple[Callable[[LoadedRecipe], Iterator[Finding]], ...] = (
     keys.batching,
     keys.steps,
     keys.validation,
+    keys.checkpoints,
+    torch_names.optimizer,
     context.context,
     devices.roles,
-    devices.allocation,
+    allocation.slurm,
+    allocation.ray,
     files.datasets,
     files.outputs,
+    lambda loaded: blends.blend(loaded, loaded.recipe.data.blend),
+    files.sinks,
     models.model_facts,
     local.idle,
 )
@@ -48,3 +55,22 @@ def check(loaded: LoadedRecipe) -> CheckReport:
         [one for one in findings if isinstance(one, RecipeError)],
         [one for one in findings if isinstance(one, str)],
     )
+
+
+def load_and_check(path: str | Path, overrides: Sequence[str] = ()) -> tuple[LoadedRecipe, CheckReport]:
+    """Load a recipe and apply every rule.
+
+    Raises:
+        RecipeErrors: every problem at once, of single keys and between keys.
+    """
+    try:
+        loaded = load_recipe(path, overrides)
+    except RecipeErrors as error:
+        known = {one.key for one in error.errors}
+        rest = without_mistakes(path, overrides, error.errors)
+        found = other_errors(_RULES, *rest) if rest else ()
+        raise RecipeErrors([*error.errors, *(one for one in found if one.key not in known)]) from None
+    report = check(loaded)
+    if report.errors:
+        raise RecipeErrors(report.errors)
+    return loaded, report

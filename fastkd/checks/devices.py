@@ -1,8 +1,7 @@
-"""Rules of who gets which devices: role partition, sharding, data-parallel divisibility, the Slurm allocation."""
+"""Rules of who gets which devices: role partition, sharding, engines on nodes, data-parallel divisibility."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from fastkd.checks.finding import Finding
@@ -20,18 +19,43 @@ def roles(loaded: LoadedRecipe) -> Iterator[Finding]:
     sizes = recipe.role_sizes
     yield from _sharding("policy", recipe.policy, "training", sizes.training, recipe)
     yield from _sharding("teacher", recipe.teacher, "teacher", sizes.teacher, recipe)
-    engine = recipe.policy.generation.vllm_cfg
-    gpus = engine.tensor_parallel_size * engine.pipeline_parallel_size
-    if recipe.policy.generation.backend == "vllm" and sizes.generation % gpus:
-        yield RecipeError(
-            "policy.generation.vllm_cfg.tensor_parallel_size",
-            f"{sizes.generation} generation devices do not divide into engines of tensor × pipeline = {gpus}",
-            "Change it, or the nodes given to generation",
-            value=engine.tensor_parallel_size,
-        )
+    if recipe.policy.generation.backend == "vllm":
+        yield from _engines(recipe, sizes.generation)
     shard = recipe.policy.dtensor_cfg.tensor_parallel_size * recipe.policy.dtensor_cfg.context_parallel_size
     if sizes.training % shard == 0:
         yield from _data_parallel(recipe, sizes.training // shard)
+
+
+def _engines(recipe: Recipe, devices: int) -> Iterator[RecipeError]:
+    """An engine is one process that starts its workers on one node, beside nobody when it is wider than a GPU."""
+    engine, cluster = recipe.policy.generation.vllm_cfg, recipe.cluster
+    gpus = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    key = "policy.generation.vllm_cfg.tensor_parallel_size"
+    per_node = min(cluster.gpus_per_node, devices)
+    if devices % gpus:
+        yield RecipeError(
+            key,
+            f"{devices} generation devices do not divide into engines of tensor × pipeline = {gpus}",
+            "Change it, or the nodes given to generation",
+            value=engine.tensor_parallel_size,
+        )
+    elif per_node and per_node % gpus:
+        yield RecipeError(
+            key,
+            f"an engine of tensor × pipeline = {gpus} does not fit the {per_node} GPUs of a node",
+            f"Write a divisor of {per_node}",
+            value=engine.tensor_parallel_size,
+        )
+    elif gpus > 1 and cluster.gpus_per_node and recipe.policy.generation.colocated.enabled:
+        yield RecipeError(
+            key,
+            "an engine that shares its GPUs with training and teacher uses one GPU",
+            f"Write {key}=1, or give generation nodes of its own (distillation.resource_isolation)",
+            value=engine.tensor_parallel_size,
+        )
+    if engine.gpu_memory_utilization == 0:
+        key = "policy.generation.vllm_cfg.gpu_memory_utilization"
+        yield RecipeError(key, "an engine without memory cannot hold its weights", "Write 0.6", value=0)
 
 
 def _sharding(name: str, model: Teacher, role: str, devices: int, recipe: Recipe) -> Iterator[Finding]:
@@ -135,19 +159,3 @@ def _shared(recipe: Recipe) -> Iterator[RecipeError]:
             f"Write a number from 1 to {most - 1}" if most > 1 else "Write policy.generation.colocated.enabled=true",
             value=given,
         )
-
-
-def allocation(loaded: LoadedRecipe) -> Iterator[Finding]:
-    allocated = os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("SLURM_NNODES") or ""
-    wanted = loaded.recipe.cluster.num_nodes
-    if not allocated.isdigit() or int(allocated) == wanted:
-        return
-    if wanted == 1:
-        yield f"The Slurm allocation has {allocated} nodes, cluster.num_nodes=1 uses one of them."
-        return
-    yield RecipeError(
-        "cluster.num_nodes",
-        f"the Slurm allocation has {allocated} nodes",
-        f"Submit with sbatch --nodes={wanted}, or write cluster.num_nodes={allocated}",
-        value=wanted,
-    )

@@ -109,12 +109,36 @@ def validation(loaded: LoadedRecipe) -> Iterator[Finding]:
             f"distillation.max_val_samples={loop.max_val_samples} is not a multiple of "
             f"val_batch_size={loop.val_batch_size}: the last validation batch is smaller."
         )
+    if recipe.data.blend.enabled:
+        return
     held_out = [one.split_validation_size for one in recipe.data.train]
     counted = all(size == 0 or size >= 1 for size in held_out)  # a share is only known once the data is read
     if not recipe.data.validation and counted and sum(held_out) < (loop.max_val_samples or 0):
         yield (
             f"data.train.split_validation_size={sum(held_out):g} is below "
             f"distillation.max_val_samples={loop.max_val_samples}: validation runs on fewer samples than asked for."
+        )
+
+
+def checkpoints(loaded: LoadedRecipe) -> Iterator[Finding]:
+    """Checkpoints that are kept by a metric need one."""
+    recipe, saving = loaded.recipe, loaded.recipe.checkpointing
+    if not saving.enabled:
+        if saving.checkpoint_must_save_by:
+            yield RecipeError(
+                "checkpointing.checkpoint_must_save_by",
+                "nothing is saved with checkpointing.enabled=false",
+                "Write checkpointing.enabled=true, or leave the time out",
+                value=saving.checkpoint_must_save_by,
+            )
+        return
+    if saving.keep_top_k is None or not (saving.metric_name or "").startswith("val:"):
+        return
+    period = recipe.distillation.val_period
+    if recipe.validation_enabled and period and saving.save_period % period:
+        yield (
+            f"checkpointing.save_period={saving.save_period} is no multiple of distillation.val_period={period}: "
+            f"checkpoints without a validation have no {saving.metric_name} to be kept by."
         )
 
 

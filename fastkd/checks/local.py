@@ -5,13 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastkd.checks.finding import Finding, models_of
+from fastkd.config import Recipe
 from fastkd.errors import RecipeError
 from fastkd.recipe import LoadedRecipe
 
 
 def local_run_problems(loaded: LoadedRecipe) -> list[RecipeError]:
     """What asks for more than one process on one device, each with the override that makes it run there."""
-    recipe = loaded.recipe
+    return [
+        RecipeError(
+            key,
+            "without ray a run is one process on one device",
+            f"Add {key}={_yaml(to)}",
+            value=value,
+        )
+        for key, value, to in _beyond_one_process(loaded.recipe)
+    ]
+
+
+def needs_cluster(recipe: Recipe) -> bool:
+    """Whether a recipe asks for more than one process on one device, so that workers are actors of a Ray cluster."""
+    keys = {key for key, _, _ in _beyond_one_process(recipe)}
+    # One vLLM engine may live in the same process as the student.
+    return recipe.cluster.simulated or bool(keys - {"policy.generation.backend"})
+
+
+def _beyond_one_process(recipe: Recipe) -> Iterator[tuple[str, object, object]]:
+    """(key, its value, the value that one process on one device takes)."""
     loop, generation = recipe.distillation, recipe.policy.generation
     rules: list[tuple[bool, str, object, object]] = [
         (generation.backend == "vllm", "policy.generation.backend", "vllm", "transformers"),
@@ -27,11 +47,7 @@ def local_run_problems(loaded: LoadedRecipe) -> list[RecipeError]:
             size = getattr(sharding, key)
             rules.append((size > 1, f"{name}.dtensor_cfg.{key}", size, 1))
         rules.append((sharding.cpu_offload, f"{name}.dtensor_cfg.cpu_offload", True, False))
-    return [
-        RecipeError(key, "this version runs in one process on one device", f"Add {key}={_yaml(to)}", value=value)
-        for wrong, key, value, to in rules
-        if wrong
-    ]
+    return ((key, value, to) for wrong, key, value, to in rules if wrong)
 
 
 def idle(loaded: LoadedRecipe) -> Iterator[Finding]:

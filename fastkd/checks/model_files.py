@@ -1,5 +1,6 @@
-"""What a model's files say without loading it: sizes from ``config.json``, ids and tokens from
-``tokenizer.json``.
+"""What a model's files say without loading it: sizes from ``config.json``, ids and tokens from ``tokenizer.json``.
+
+A model that is not on this machine has its published sizes, where they are known.
 
 For checks that must answer at once (importing transformers alone takes seconds) and offline.
 """
@@ -13,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fastkd.errors import RecipeError
 
 _DATA_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".txt", ".arrow"}
@@ -22,17 +25,35 @@ _DATA_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".txt", ".arrow"}
 class ModelFiles:
     """Sizes of a model; None where its config does not say."""
 
-    folder: Path
-    vocab_size: int | None
-    heads: int | None
-    kv_heads: int | None
-    max_positions: int | None
+    folder: Path | None
+    """None: it is not on this machine, and its sizes are the published ones."""
+    vocab_size: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    max_positions: int | None = None
+    inner: int | None = None
+    """Width of the MLP, of one expert's where there are experts."""
 
     def tokens_of(self, tokenizer: str) -> dict[int, str] | None:
         """{id: token} of the tokenizer of this name, or None when there is no tokenizer.json to read."""
         folder = find_folder(tokenizer) or self.folder
-        path = folder / "tokenizer.json"
-        return _read_tokens(path.resolve()) if path.is_file() else None
+        path = folder / "tokenizer.json" if folder else None
+        return _read_tokens(path.resolve()) if path and path.is_file() else None
+
+    def missing_weights(self) -> list[str]:
+        """Files of weights that the folder's index names and that are not there."""
+        index = self.folder / "model.safetensors.index.json" if self.folder else None
+        if index is None or not index.is_file():
+            return []
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError, OSError):
+            return [index.name]
+        return sorted(name for name in named if not (index.parent / name).is_file())
+
+    def has_weights(self) -> bool:
+        """Whether there are weights, or they can be downloaded."""
+        return self.folder is None or any(any(self.folder.glob(kind)) for kind in ("*.safetensors", "*.bin"))
 
 
 def looks_local(name: str) -> bool:
@@ -57,7 +78,7 @@ def find_folder(name: str) -> Path | None:
 
 
 def read_model(key: str, name: str, needs: str = "config.json") -> ModelFiles | None:
-    """Facts about a model; None for an id that is not in the cache but may be downloaded.
+    """Facts about a model; None for an id that is not in the cache, may be downloaded, and has no published sizes.
 
     Args:
         key: the recipe key that names it, for errors.
@@ -76,11 +97,11 @@ def read_model(key: str, name: str, needs: str = "config.json") -> ModelFiles | 
         if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "on", "yes"):
             rule = f"HF_HUB_OFFLINE is set and it is not in the cache {_hub_cache()}"
             raise RecipeError(key, rule, "Download it first, or give a folder", value=name)
-        return None
+        return _published().get(name) if needs == "config.json" else None
     if needs == "tokenizer":
         if not any(folder.glob("tokenizer*")):
             raise RecipeError(key, "the folder holds no tokenizer", "Give a folder with tokenizer.json", value=name)
-        return ModelFiles(folder, None, None, None, None)
+        return ModelFiles(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -92,7 +113,17 @@ def read_model(key: str, name: str, needs: str = "config.json") -> ModelFiles | 
     return _facts(folder, config if isinstance(config, dict) else {})
 
 
-def _facts(folder: Path, config: dict[str, Any]) -> ModelFiles:
+@cache
+def _published() -> dict[str, ModelFiles]:
+    """Sizes by Hugging Face id, from the table that plans use."""
+    path = Path(__file__).resolve().parents[1] / "plan" / "shapes.yaml"
+    if not path.is_file():
+        return {}
+    entries = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return {name: _facts(None, entry["config"]) for entry in entries for name in entry["names"]}
+
+
+def _facts(folder: Path | None, config: dict[str, Any]) -> ModelFiles:
     # Models with several towers keep the language model's sizes one level down.
     sizes = {**(config.get("text_config") or {}), **config}
 
@@ -102,7 +133,12 @@ def _facts(folder: Path, config: dict[str, Any]) -> ModelFiles:
 
     heads = whole("num_attention_heads")
     return ModelFiles(
-        folder, whole("vocab_size"), heads, whole("num_key_value_heads") or heads, whole("max_position_embeddings")
+        folder,
+        whole("vocab_size"),
+        heads,
+        whole("num_key_value_heads") or heads,
+        whole("max_position_embeddings"),
+        whole("moe_intermediate_size") or whole("intermediate_size"),
     )
 
 

@@ -1,13 +1,14 @@
-"""Rules about the two models, from their files: K ≤ vocabulary, heads against sharding, equal vocabularies."""
+"""Rules about the two models, from their files: weights, templates, K ≤ vocabulary, sharding, equal vocabularies."""
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastkd.checks.finding import Finding, models_of
-from fastkd.checks.model_files import ModelFiles, read_model
+from fastkd.checks.model_files import ModelFiles, find_folder, read_model
 from fastkd.config import Teacher
 from fastkd.errors import RecipeError
 from fastkd.recipe import LoadedRecipe
@@ -28,10 +29,42 @@ def model_facts(loaded: LoadedRecipe) -> Iterator[Finding]:
             yield from _perhaps_a_path(f"{name}.model_name", model.model_name, loaded.folders)
         else:
             found[name] = files
+            yield from _weights(name, model, files)
             yield from _fits(name, model, files)
+        yield from _template(loaded, name, model)
     yield from _enough_to_keep(loaded, found)
     if len(found) == 2:
         yield from _same_vocabulary(loaded, found["policy"], found["teacher"])
+
+
+def _weights(name: str, model: Teacher, files: ModelFiles) -> Iterator[Finding]:
+    key = f"{name}.model_name"
+    if missing := files.missing_weights():
+        shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        rule = f"{len(missing)} of its files are not there: {shown}"
+        yield RecipeError(key, rule, "Download it again", value=model.model_name)
+    elif not files.has_weights():
+        yield f"{key}={model.model_name!r} holds no weights (*.safetensors): it can be checked, not run."
+
+
+def _template(loaded: LoadedRecipe, name: str, model: Teacher) -> Iterator[RecipeError]:
+    """The template is text with braces, a file, or the tokenizer's own."""
+    key, template = f"{name}.tokenizer.chat_template", model.tokenizer.chat_template
+    if template is not None:
+        if "{" not in template and not Path(loaded.locate(template)).is_file():
+            yield RecipeError(key, "no such file, and no template either", "Give the file's path", value=template)
+        return
+    folder = find_folder(loaded.locate(model.tokenizer.name))
+    settings = folder / "tokenizer_config.json" if folder else None
+    if folder is None or settings is None or not settings.is_file() or any(folder.glob("chat_template*")):
+        return
+    try:
+        has_one = bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    except (ValueError, AttributeError, OSError):
+        return
+    if not has_one:
+        rule = f"the tokenizer {model.tokenizer.name} has no chat template, so prompts cannot be rendered"
+        yield RecipeError(key, rule, f"Give a file that holds one, or another {name}.tokenizer.name", value=None)
 
 
 def _perhaps_a_path(key: str, name: str, folders: tuple[Path, ...]) -> Iterator[str]:
@@ -72,6 +105,12 @@ def _fits(name: str, model: Teacher, files: ModelFiles) -> Iterator[Finding]:
         yield RecipeError(
             key, f"must divide the model's {files.heads} attention heads", "Choose a divisor", value=tensor
         )
+    elif files.inner and files.inner % tensor:
+        rule = f"must divide the model's intermediate size {files.inner}"
+        yield RecipeError(key, rule, "Choose a divisor", value=tensor)
+    elif files.vocab_size and (tensor - 1) * -(-files.vocab_size // tensor) >= files.vocab_size:
+        rule = f"leaves ranks without any of the model's {files.vocab_size} vocabulary rows"
+        yield RecipeError(key, rule, "Choose a smaller one", value=tensor)
     elif files.kv_heads and files.kv_heads % tensor and tensor % files.kv_heads:
         rule = f"must divide the model's {files.kv_heads} key-value heads, or be a multiple of them"
         yield RecipeError(key, rule, "Choose a divisor or a multiple", value=tensor)

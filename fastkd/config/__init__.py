@@ -18,6 +18,7 @@ from fastkd.config.logger import Checkpointing, Cluster, Logger
 from fastkd.config.lora import LoRA
 from fastkd.config.loss import KLType, LossFn, Outside
 from fastkd.config.policy import Optimizer, Policy, Scheduler, Teacher, Tokenizer
+from fastkd.config.quantization import Quantization
 
 __all__ = [
     "Checkpointing",
@@ -36,6 +37,7 @@ __all__ = [
     "Optimizer",
     "Outside",
     "Policy",
+    "Quantization",
     "Recipe",
     "ResourceIsolation",
     "Role",
@@ -83,6 +85,8 @@ class Recipe(Section):
     @property
     def validation_enabled(self) -> bool:
         """Whether a validation set exists and some validation is scheduled."""
+        if self.data.blend.enabled:
+            return self.distillation.validates
         has_set = bool(self.data.validation) or any(one.split_validation_size for one in self.data.train)
         return has_set and self.distillation.validates
 
@@ -94,7 +98,7 @@ class Recipe(Section):
         generation unless `policy.generation.colocated` sets some apart (whole nodes, or GPUs of the only
         node).
         """
-        per_node = max(self.cluster.gpus_per_node, 1)
+        per_node = self.cluster.gpus_per_node or self.cluster.cpu_slots_per_node
         if self.distillation.resource_isolation.enabled:
             roles = self.distillation.resource_isolation.roles
             nodes = (roles.training.num_nodes, roles.generation.num_nodes, roles.teacher.num_nodes)

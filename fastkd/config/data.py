@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from fastkd.config.base import Count, Section, derived, section
+from fastkd.config.base import Count, Section, broken_rule, derived, section
+from fastkd.config.blend import Blend
 
 
 class Dataset(Section):
@@ -52,8 +53,10 @@ class Data(Section):
     """Longest prompt in tokens; longer ones are masked and counted."""
     shuffle: bool = True
     """Shuffle the training prompts in every epoch."""
-    train: list[Dataset] = Field(min_length=1)
-    """A dataset or a list of datasets."""
+    train: list[Dataset] = Field(default_factory=list)
+    """A dataset or a list of datasets. Required unless `blend` is given."""
+    blend: Blend = section(Blend)
+    """Train off-policy, on texts that exist, in place of the student's own samples."""
     validation: list[Dataset] = Field(default_factory=list)
     """A dataset, a list, or null: validate on `split_validation_size` rows of the training set."""
     default: Dataset = section(Dataset)
@@ -63,6 +66,12 @@ class Data(Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [] if value is None else [value] if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _something(self) -> Data:
+        if not self.train and not self.blend.enabled:
+            raise broken_rule("is required", "Write data.train: {data_path: ...}, or data.blend", key="train")
+        return self
 
 
 class MathEnv(Section):

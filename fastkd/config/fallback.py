@@ -13,6 +13,19 @@ from fastkd.config import Dataset, Teacher
 from fastkd.config.base import Section, default_tree, section_of
 from fastkd.config.inherit import merge
 
+_ONCE_UNDER_DATA = ("prompt_file", "system_prompt_file", "env_name", "processor")
+
+
+def older_layout(tree: dict[str, Any]) -> None:
+    """Keys that recipes once had directly under ``data`` go to ``data.default``, in place; what is there stays."""
+    data = tree.get("data")
+    if isinstance(data, dict) and (found := [key for key in _ONCE_UNDER_DATA if key in data]):
+        if data.get("default") is None:
+            data["default"] = {}
+        if isinstance(data["default"], dict):
+            for key in found:
+                data["default"].setdefault(key, data.pop(key))
+
 
 def fall_back(tree: dict[str, Any], without: list[str]) -> set[str]:
     """Fill absent keys of the teacher and of every dataset in place; returns the full names of those filled.

@@ -27,6 +27,7 @@ _ONE_BACKEND = "sharding is torch DTensor and FSDP2, set by dtensor_cfg; Megatro
 _DENSE = "mixtures of experts are not sharded by expert"
 _FUSED = "the fused head never materialises logits, so it needs no chunk size"
 _FROZEN = "the teacher is frozen"
+_EXACT = "the teacher is not quantised"
 _NO_SAMPLING = "the teacher writes no text; the distillation temperature is loss_fn.temperature"
 _PACKED = "batches are packed, never padded"
 _SYNC = "weights are handed to the generator by fastkd's own sync"
@@ -42,6 +43,10 @@ IGNORED: dict[str, str] = {
     "policy|teacher.dtensor_cfg.defer_fsdp_grad_sync": "gradients are reduced once per optimizer step anyway",
     "policy|teacher.dtensor_cfg.clear_cache_every_n_steps": "the allocator's cache is not cleared by step",
     "policy|teacher.dtensor_cfg.automodel_kwargs": "models are built by transformers, not by NeMo Automodel",
+    "policy|teacher.dtensor_cfg.model_save_format": "checkpoints are set by checkpointing",
+    "policy|teacher.dtensor_cfg.save_consolidated": "checkpoints are set by checkpointing",
+    "policy|teacher.dtensor_cfg.single_rank_consolidation": "checkpoints are set by checkpointing",
+    "policy|teacher.dtensor_cfg.consolidation_timeout_minutes": "checkpoints are set by checkpointing",
     "policy|teacher.dtensor_cfg.env_vars": "set environment variables in the shell",
     "policy|teacher.tokenizer.use_fastokens": "the tokenizer is the one transformers loads",
     "policy|teacher.logprob_chunk_size": _FUSED,
@@ -52,17 +57,24 @@ IGNORED: dict[str, str] = {
     "policy|teacher.sequence_packing.fuse_loss": "the loss is always fused with the head",
     "policy|teacher.pretrained_checkpoint": "weights come from model_name",
     "policy|teacher.hf_config_overrides": "the model's own config.json is used as it is",
-    "policy|teacher.quant_cfg": "quantised students are not trained by this version",
-    "policy|teacher.quant_calib_data": "quantised students are not trained by this version",
-    "policy|teacher.quant_calib_size": "quantised students are not trained by this version",
-    "policy|teacher.quant_batch_size": "quantised students are not trained by this version",
-    "policy|teacher.quant_sequence_length": "quantised students are not trained by this version",
+    "teacher.quant_cfg": _EXACT,
+    "teacher.quant_exclude_modules": _EXACT,
+    "teacher.quant_calib_data": _EXACT,
+    "teacher.quant_calib_size": _EXACT,
+    "teacher.quant_sequence_length": _EXACT,
+    "policy|teacher.quant_batch_size": "calibration packs its batches as scoring does",
+    "policy|teacher.quant_fold_frozen_weight_snap": "rollouts are sampled from folded weights in any case",
+    "policy.generation.quant_cfg": "rollouts are sampled from what policy.quant_cfg makes of the student",
     "policy|teacher.draft": "draft models are not trained",
     "policy|teacher.router_replay": _DENSE,
     "policy|teacher.refit_buffer_size_gb": _SYNC,
     "policy.generation.refit_transport": _SYNC,
     "policy.generation.refit_cfg": _SYNC,
     "policy.generation.mcore_generation_config": _ONE_BACKEND,
+    "policy.generation.port_range_low": "free ports are chosen by the system",
+    "policy.generation.port_range_high": "free ports are chosen by the system",
+    "policy.generation.vllm_cfg.refit_with_reload_api": _SYNC,
+    "policy.generation.vllm_cfg.distributed_executor_backend": "the workers of an engine are processes of its node",
     "policy.generation.vllm_cfg.expert_parallel_size": _DENSE,
     "policy.generation.vllm_cfg.logprobs_mode": "log-probabilities of the sampler are not used",
     "policy.generation.vllm_cfg.load_format": _SYNC,
@@ -85,6 +97,7 @@ IGNORED: dict[str, str] = {
     "teacher.vllm_cfg": "the teacher scores with its own forward pass; shard it with teacher.dtensor_cfg",
     "data.num_workers": "prompts are tokenised once, in the driver",
     "data.use_multiple_dataloader": "datasets of a list are concatenated",
+    "env.math.math_verify_impl": "answers are compared with math-verify",
     "env.should_use_nemo_gym": "rollouts are single-turn answers, graded by env.math",
     "env.nemo_gym": "rollouts are single-turn answers, graded by env.math",
     "checkpointing.save_optimizer": "the optimizer is always saved: a resume is bit-identical",

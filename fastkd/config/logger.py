@@ -66,6 +66,8 @@ class Logger(Section):
     """Also send metrics to MLflow."""
     swanlab_enabled: bool = False
     """Also send metrics to SwanLab."""
+    log_params_norm: bool = False
+    """Also record the norm of the student's weights with every step."""
     monitor_gpus: bool = False
     """Also record utilisation of every GPU (memory of every role is always recorded)."""
     wandb: WandbConfig = section(WandbConfig)
@@ -112,6 +114,14 @@ class Cluster(Section):
     """Nodes, all roles together."""
     cpu_threads: Count | None = None
     """Threads of a CPU worker within one operation; null = torch's default."""
+    cpu_slots_per_node: Count = 1
+    """Workers of a node without GPUs."""
+    exclude_nodes: list[str] = Field(default_factory=list)
+    """Nodes of the Ray cluster that get no work: names, addresses, or at least 8 digits of their ids."""
+    simulated: bool = False
+    """Start the nodes as processes on this machine, for a trial without a cluster."""
+    max_restarts: Index = 3
+    """Times that lost workers of one role are replaced before the run gives up."""
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:

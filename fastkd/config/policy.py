@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from fastkd.config.base import Count, Positive, Section, broken_rule, derived, section
 from fastkd.config.generation import Generation
 from fastkd.config.lora import LoRA
+from fastkd.config.quantization import QuantizationKeys
 
 
 class Tokenizer(Section):
@@ -150,7 +151,7 @@ class Teacher(Section):
         return next((one for one in (self.sequence_packing, self.dynamic_batching) if one.enabled), None)
 
 
-class Policy(Teacher):
+class Policy(Teacher, QuantizationKeys):
     """The student: what the teacher has, plus training and generation."""
 
     dtensor_cfg: StudentDTensorConfig = section(StudentDTensorConfig)

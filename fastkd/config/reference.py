@@ -25,7 +25,8 @@ _INTRO = """\
 A recipe is a YAML file. `python -m fastkd.run recipes/distillation_math.yaml --check` says what it amounts to,
 without loading a model. Key names are those of NeMo RL's distillation recipes, which load unchanged: a key either
 does what is written below or is listed at start with the reason why it has [no effect here](#keys-without-effect).
-Anything else is an error with the nearest valid name.
+Anything else is an error with the nearest valid name. [The shipped recipes](../recipes/README.md) go by their names
+alone too, and by those they have in runbooks for NeMo RL; [from-nemo-rl.md](from-nemo-rl.md) says what differs.
 
 **Inheritance.** `defaults: parent.yaml` (or a list of files, relative to the file that names them): parents are
 merged left to right, then the file itself. Mappings merge; lists and single values are replaced. A top-level mapping

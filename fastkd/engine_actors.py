@@ -1,0 +1,92 @@
+"""vLLM engines as Ray actors (``fastkd.ray_pools``): how one is built, and how a trainer elsewhere calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ray  # pyright: ignore[reportMissingImports]
+import torch.distributed as dist
+from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
+
+from fastkd.actors import Failure, Seat
+from fastkd.config import Recipe
+from fastkd.errors import reason
+from fastkd.metrics import Metrics
+from fastkd.verified_sync import VerifiedSync
+from fastkd.vllm_generation import VllmGeneration
+from fastkd.weight_sync import Engines, SyncError, transport_for
+
+
+def build_engine(seat: Seat, recipe: Recipe, eos_token_id: int, valid_vocab: int | None) -> VllmGeneration:
+    """What ``RayPool(slots, Options(group=False), build_engine, …)`` runs; the first sync brings the weights."""
+    return VllmGeneration.from_recipe(recipe, eos_token_id, valid_vocab, dummy=True)
+
+
+def connect(
+    worker: Any, recipe: Recipe, actors: Sequence[Any], workers: Sequence[int], text: Sequence[int], vocab: int
+) -> str:
+    """Every training rank joins the engines, anew when one was replaced; why it failed, or "".
+
+    Args:
+        worker: a ``fastkd.student.Student``; it keeps the connection as ``engines``.
+        recipe: of the run.
+        actors: handles of the engines' actors (``fastkd.actors.Shell``).
+        workers: per engine, its tensor × pipeline parallel size.
+        text: token ids that the model may meet, for the probe.
+        vocab: ids that are tokens.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    shares = recipe.policy.generation.colocated.enabled and not recipe.distillation.resource_isolation.enabled
+    try:
+        worker.engines = VerifiedSync(
+            recipe,
+            worker,
+            _remote(actors, workers) if rank == 0 else None,
+            transport_for(worker.device.type, shares_device=shares),
+            text,
+            vocab,
+            rank=rank,
+            address=ray.util.get_node_ip_address(),
+        )
+    except RayError as error:
+        return reason(error)
+    return ""
+
+
+def push(worker: Any) -> tuple[Metrics, str]:
+    """Every training rank: ``VerifiedSync.push``; its metrics, and why the weights did not arrive, or "".
+
+    An engine that is gone is no failure of the training group, so it is told instead of raised: replace the engine,
+    ``connect`` and push again.
+
+    Raises:
+        SyncMismatch: an engine computes with other weights.
+    """
+    try:
+        return worker.engines.push(), ""
+    except SyncError as error:
+        return {}, str(error)
+
+
+def _remote(actors: Sequence[Any], workers: Sequence[int]) -> Engines:
+    """The control plane of engines in actors, for a trainer in an actor of its own."""
+
+    def call(name: str, args: list[tuple[Any, ...]]) -> list[Any]:
+        work = (_Method(name), (), {})
+        found = ray.get([actor.run.remote(work, own, True, False) for actor, own in zip(actors, args, strict=True)])
+        for one in found:
+            if isinstance(one, Failure):
+                raise one.error
+        return [one.value for one in found]
+
+    return Engines(call, workers)
+
+
+class _Method(NamedTuple):
+    """Calls a worker's method by name."""
+
+    name: str
+
+    def __call__(self, worker: Any, *args: Any) -> Any:
+        return getattr(worker, self.name)(*args)

@@ -1,0 +1,60 @@
+"""Does a recipe fit the GPUs? A warning for the roles that are too much for theirs, with the keys to turn first."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+from fastkd.errors import UserError
+from fastkd.plan import load_rates, plan_of
+from fastkd.plan.assemble import gib
+from fastkd.plan.knobs import knobs
+from fastkd.recipe import LoadedRecipe
+
+_DEVICES = {"GH200": "gh200", "B200": "b200", "H200": "h200", "H100": "h100", "A100": "a100-40"}
+"""By what is in the name that nvidia-smi gives; A100 come with 80 GB too."""
+
+
+def memory_warnings(loaded: LoadedRecipe) -> list[str]:
+    """Roles whose planned memory is above a GPU's: this machine's where it has one that is known, else the default of
+    the table of rates. Empty for a recipe without GPUs, and for models whose sizes are not known."""
+    if not loaded.recipe.cluster.gpus_per_node:
+        return []
+    device = here()
+    try:
+        plan = plan_of(loaded, load_rates(device))
+    except UserError:
+        return []
+    suffix = "" if device else ", the default of --plan"
+    found = []
+    for pool in plan.layout.pools:
+        short = "generation" in pool and plan.engine_short
+        if plan.used(pool) <= plan.capacity and not short:
+            continue
+        role = "generation" if "generation" in pool else pool[0]
+        needs = f"{gib(plan.used(pool)):.0f} of {gib(plan.capacity):.0f} GiB"
+        if plan.used(pool) <= plan.capacity:
+            facts = plan.memory["generation"].facts
+            needs = (
+                f"{gib(facts['memory it needs']):.0f} of the {gib(facts['memory it may take']):.0f} GiB of an engine"
+            )
+        turn = ", ".join(one.override for one in knobs(plan, role) if one.value is not None)
+        found.append(
+            f"{' + '.join(pool)}: by the plan {needs} on {plan.layout.rates.device.name}{suffix}. Turn first: "
+            f"{turn or 'the nodes of the role'}. For other GPUs see --plan --device."
+        )
+    return found
+
+
+def here() -> str:
+    """This machine's GPU as the table of rates calls it; empty without one, or for another kind."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    name = told.partition("\n")[0]
+    device = next((ours for theirs, ours in _DEVICES.items() if theirs in name), "")
+    return "a100-80" if device == "a100-40" and "80GB" in name else device

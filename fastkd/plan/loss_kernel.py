@@ -1,0 +1,125 @@
+"""Memory of the two fused heads: the student's loss and the teacher's top-K, by the chunk arithmetic of ``kernels/``.
+
+Neither holds [N, V] logits. Per chunk of c rows the loss holds a float32 buffer [c, Vl] and some [c, K], at most
+``chunk_bytes`` together; besides dX and dW, which is a float32 sum where chunks of a bfloat16 head are added up. The
+top-K holds one buffer and its results.
+
+The constants are those of ``kernels/rows.py`` and ``kernels/row_passes.py``, which import torch and a plan must not; a
+test compares them.
+
+Letters: A rows that count, c rows of a chunk, D hidden, Vl vocabulary rows of this rank, K kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CHUNK_BYTES = {"cpu": 160 << 20, "cuda": 1 << 30}
+ALIGN = 16
+KEPT_TEMPORARIES = {"cpu": 12, "cuda": 5}
+_LANES = 4096
+_SELECT_BYTES = 40 << 20
+"""Logits that the CPU selects from at a time; it needs about a quarter of that again."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossBuffers:
+    """Bytes beyond hidden states and weight."""
+
+    chunk: int
+    """Logits, [c, K] temporaries, the chunk's activations and dX, widened weight rows on a CPU."""
+    sum_weight: int
+    """dW while chunks are added: float32 where they are several."""
+    grad_weight: int
+    """dW as it is handed on; 0 when it is the sum itself."""
+    grad_hidden: int
+    """dX and the per-token results."""
+    rows: int
+    """c: rows of a chunk."""
+
+    @property
+    def peak(self) -> int:
+        """Inside the call: with a chunk, or while dW is rounded after the last one."""
+        return self.grad_hidden + self.sum_weight + max(self.chunk, self.grad_weight)
+
+    @property
+    def kept(self) -> int:
+        """Until backward: dX and dW."""
+        return self.grad_hidden + (self.grad_weight or self.sum_weight)
+
+
+def leading(columns: int) -> int:
+    """Columns that a buffer row has for so many logits: one spare, aligned."""
+    return (columns + 1 + ALIGN - 1) // ALIGN * ALIGN
+
+
+def chunk_rows(rows: int, row_bytes: int, chunk_bytes: int) -> tuple[int, int]:
+    """(rows of a chunk, chunks): even chunks of at most ``chunk_bytes``."""
+    if rows <= 0:
+        return 0, 0
+    most = max(1, chunk_bytes // max(1, row_bytes))
+    count = -(-rows // most)
+    return -(-rows // count), count
+
+
+def loss_buffers(
+    *,
+    tokens: int,
+    active: int,
+    hidden: int,
+    columns: int,
+    kept: int,
+    size: int,
+    cpu: bool,
+    frozen_head: bool = False,
+) -> LossBuffers:
+    """Buffers of ``topk_kl`` as ``FusedLoss`` calls it (``memory="fast"``, statistics on).
+
+    Args:
+        tokens: rows of hidden states; ``active``: those that count.
+        columns: Vl.
+        size: bytes of a number of hidden states and weight, 2 or 4.
+        frozen_head: no dW (adapters).
+    """
+    kind = "cpu" if cpu else "cuda"
+    widened = cpu and size < 4  # a CPU multiplies in float32, and widens a part of the weight at a time
+    row_bytes = leading(columns) * 4 + kept * KEPT_TEMPORARIES[kind] * 4
+    reserved = CHUNK_BYTES[kind] // 4 if widened else 0
+    scratch = min(reserved, columns * hidden * 4)
+    c, count = chunk_rows(active, row_bytes, CHUNK_BYTES[kind] - reserved)
+    wide = size < 4 and (count > 1 or cpu)
+    whole = 0 if frozen_head or not count else columns * hidden
+    in_flight = 2 * c * hidden * 4  # two chunks of dX: one travels over tp while the next is computed
+    return LossBuffers(
+        chunk=c * row_bytes + scratch + c * hidden * (4 if widened else size) + in_flight,
+        sum_weight=whole * (4 if wide else size),
+        grad_weight=whole * size if wide else 0,
+        grad_hidden=tokens * hidden * size + 6 * 4 * tokens,
+        rows=c,
+    )
+
+
+def topk_buffers(*, active: int, hidden: int, columns: int, kept: int, size: int, cpu: bool, tp: int = 1) -> int:
+    """Bytes of ``vocab_topk``: the selected hidden states, a chunk of logits, and results.
+
+    Args: as of :func:`loss_buffers`; ``tp``: ranks that exchange candidates.
+    """
+    kind = "cpu" if cpu else "cuda"
+    lanes = -(-columns // _LANES) * _LANES if columns > 2 * _LANES else columns  # rows are padded to full lanes
+    width = leading(lanes)
+    reserved = CHUNK_BYTES[kind] // 4 if cpu and size < 4 else 0
+    c, _ = chunk_rows(active, width * 4, CHUNK_BYTES[kind] - reserved)
+    scratch = min(reserved, columns * hidden * 4) + (min(_SELECT_BYTES, c * width * 4) // 4 if cpu else 0)
+    results = active * (kept * 8 + 8)
+    merged = 3 * results if tp > 1 else 0  # candidates sent, received, and gathered again
+    return active * hidden * size + c * width * 4 + scratch + results + merged
+
+
+def teacher_rows(active: int, kept: int) -> int:
+    """Bytes of teacher rows on a device: int32 ids, float32 logits, two logsumexps."""
+    return active * (8 * kept + 8)
+
+
+def payload_bytes(kept: int) -> int:
+    """Bytes of one token's teacher row on the wire (``fastkd.payload``)."""
+    return 4 * kept + 16

@@ -1,0 +1,357 @@
+"""The three roles as pools of Ray actors, each on nodes of its own or sharing them, as the recipe says.
+
+The driver moves prompts, rollouts and references. Rows stay on the teacher's nodes until the training rank
+that needs them fetches them, and weights go from the first training rank to the engines through the object stores.
+
+What is lost is replaced, ``cluster.max_restarts`` times per role: an engine gets the newest weights and its batch is
+sampled again; a teacher scores again; a training group is left to the runner, which goes on from a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray  # pyright: ignore[reportMissingImports]
+
+from fastkd import cluster_workers as work
+from fastkd import engine_actors
+from fastkd.actors import WorkerDied, WorkerFailed
+from fastkd.batch import Prompt, Rollout
+from fastkd.checkpoint import Workers
+from fastkd.collect import Collection
+from fastkd.driver import Inputs
+from fastkd.health import Limits
+from fastkd.log import bars, logger
+from fastkd.metrics import Metrics
+from fastkd.placement import Placement, devices_per_worker
+from fastkd.ray_cluster import connected
+from fastkd.ray_pools import Options, Pending, RayPool
+from fastkd.refs import Refs
+from fastkd.roles import Phase, Scored
+from fastkd.rollout import Request
+from fastkd.student import Student
+from fastkd.teacher import Teacher, shares_student
+from fastkd.timeline import Work
+
+_LOST: tuple[type[BaseException], ...] = (ray.exceptions.ObjectLostError, ray.exceptions.RayActorError)
+"""What fetching an object raises whose maker is gone."""
+
+
+class RayRoles:
+    """``roles.Roles`` over pools of actors; ``started`` makes it."""
+
+    def __init__(self, inputs: Inputs, placement: Placement):
+        recipe = inputs.recipe
+        self.inputs, self.recipe, self.placement = inputs, recipe, placement
+        self.restarts: Counter[str] = Counter()
+        self.closed = False
+        threads = recipe.cluster.cpu_threads if recipe.cluster.device == "cpu" else None
+        limits = Limits(disk_path=str(recipe.checkpointing.checkpoint_dir))
+        group, alone = Options(threads=threads, limits=limits), Options(False, threads=threads, limits=limits)
+        self.pools: dict[str, RayPool[Any]] = {}
+        self.student: RayPool[Any] = self._pool(
+            "training", group, work.learner, recipe, inputs.student_vocab, inputs.teacher_vocab
+        )
+        self.teacher_shares = shares_student(recipe)
+        self.teacher: RayPool[Any] = (
+            self.student
+            if self.teacher_shares
+            else self._pool("teacher", group, work.scorer, recipe, inputs.teacher_vocab)
+        )
+        self.by_vllm = recipe.policy.generation.backend == "vllm"
+        self.engines: RayPool[Any] = self._engine_pool(alone)
+        self.connected = False
+        """Whether the training group and the vLLM engines, all of them, are in one transfer group."""
+        self.version = 0
+        """Optimizer steps that the student had taken at the last sync."""
+        self.published: tuple[Refs, int] | None = None
+        """The newest weights that generation was given, and their version."""
+        self.workers = Workers(
+            save=lambda path, asynchronous: self.student.run(Student.save, path, asynchronous),
+            saved=lambda wait: self.student.run(Student.saved, wait),
+            load=lambda path: self.student.run(Student.load, path),
+        )
+
+    @classmethod
+    @contextmanager
+    def started(cls, inputs: Inputs) -> Iterator[RayRoles]:
+        """Workers on a Ray cluster: the one there is, or a new one; they end with the block.
+
+        Raises:
+            UserError: the cluster is too small or unhealthy, or a worker rejects what the recipe gives.
+        """
+        cluster = inputs.recipe.cluster
+        with (
+            connected(inputs.recipe, cpu_slots=cluster.cpu_slots_per_node),
+            Placement(inputs.recipe, cpu_slots=cluster.cpu_slots_per_node, exclude=cluster.exclude_nodes) as placement,
+        ):
+            logger.info(placement.marker())
+            roles = cls.__new__(cls)
+            roles.pools = {}
+            failed = True
+            try:
+                roles.__init__(inputs, placement)
+                yield roles
+                failed = False
+            finally:
+                roles.close(at_once=failed)
+
+    def _pool(self, role: str, options: Options, build: Any, *args: Any) -> RayPool[Any]:
+        pool = self.pools[role] = RayPool(self.placement.slots(role), options, build, *args)
+        return pool
+
+    def _engine_pool(self, options: Options) -> RayPool[Any]:
+        recipe, inputs = self.recipe, self.inputs
+        if self.by_vllm:
+            eos = inputs.tokenizer.eos_token_id
+            return self._pool("generation", options, engine_actors.build_engine, recipe, eos, inputs.student_vocab)
+        return self._pool("generation", options, work.generator, recipe, inputs.tokenizer, inputs.student_vocab)
+
+    def close(self, *, at_once: bool = False) -> None:
+        """End all workers."""
+        self.closed = True
+        for pool in self.pools.values():
+            pool.close(at_once=at_once)
+
+    # --- sampling and scoring -----------------------------------------------------------------------------------
+
+    def collect(self, prompts: Sequence[Prompt], request: Request, phase: Phase) -> Scored:
+        """Sample and score at the same time; see ``fastkd.collect``."""
+        collection = Collection(
+            prompts,
+            request.generations,
+            self._batch(request),
+            _Engines(self, request),
+            _Teacher(self),
+            lambda rollouts: self.inputs.readings(rollouts).teacher,
+            bars.advance,
+        )
+        with phase("sampling", "generation"):
+            rollouts = collection.sample()
+        with phase("scoring", "teacher"):
+            rows = collection.score()
+        return Scored(rollouts, self.inputs.readings(rollouts), rows)
+
+    def sample(self, prompts: Sequence[Prompt], request: Request, batch_size: int | None = None) -> list[Rollout]:
+        """``Generation.sample`` over all engines."""
+        size = self._batch(request, batch_size)
+        engines = _Engines(self, request)
+        return Collection(prompts, request.generations, size, engines, None, list, bars.advance).sample()
+
+    def sample_teacher(self, prompts: Sequence[Prompt], request: Request, batch_size: int) -> list[Rollout]:
+        """The teacher's own answers, by a copy that the engines load for it."""
+        recipe, inputs = self.recipe, self.inputs
+        count = len(self.engines)
+        shares = [list(range(rank, len(prompts), count)) for rank in range(count)]
+        answers = self.engines.run_each(
+            work.teacher_answers,
+            [([prompts[index] for index in share],) for share in shares],
+            recipe,
+            inputs.tokenizer,
+            inputs.teacher_vocab,
+            request,
+            batch_size,
+        )
+        found: list[Any] = [None] * len(prompts)
+        for share, rollouts in zip(shares, answers, strict=True):
+            for index, rollout in zip(share, rollouts, strict=True):
+                found[index] = rollout
+        return found
+
+    def _batch(self, request: Request, batch_size: int | None = None) -> int:
+        """Prompts that an engine is given at a time."""
+        return max(1, (batch_size or self.recipe.policy.generation_batch_size) // request.generations)
+
+    def score(self, rollouts: Sequence[Rollout]) -> Refs:
+        """``Teacher.score``; the rows stay with the teacher."""
+        while True:
+            try:
+                return self.submit_score(rollouts).result()
+            except WorkerDied as error:
+                self._teacher_lost(error)
+
+    def submit_score(self, rollouts: Sequence[Rollout]) -> Pending[Refs]:
+        """``score``, without waiting and without a second try."""
+        method: Any = work.score_lent if self.teacher_shares else Teacher.score
+        return self.teacher.submit_keep(method, rollouts)
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def calibrate(self, rollouts: Sequence[Rollout]) -> None:
+        """``Student.calibrate``."""
+        self.student.run(Student.calibrate, rollouts)
+        self.published = None  # folded weights are other weights, though no step was taken
+
+    def train(self, batch: Scored) -> Metrics:
+        """``Student.train``, once every rank has its share of the rows."""
+        self._hold(batch, training=True)
+        return self.student.run(work.train_held)
+
+    def divergences(self, batch: Scored, *, with_loss: bool) -> Metrics:
+        """``Student.divergences``."""
+        self._hold(batch, training=False)
+        return self.student.run(work.divergences_held, with_loss=with_loss)
+
+    def _hold(self, batch: Scored, *, training: bool) -> None:
+        student, teacher = batch.readings.student, batch.readings.teacher
+        while not all(self.student.run_all(work.hold, student, batch.rows, training, _LOST)):
+            logger.warning("teacher: rows were lost with a worker; scoring again")
+            batch.rows = self.score(teacher)
+
+    def sync(self) -> Metrics:
+        """All engines sample with the student's weights from here on."""
+        self.version = self.student.run(work.version)
+        return self._push() if self.by_vllm else self._publish()
+
+    def _publish(self) -> Metrics:
+        version = self.version
+        if self.published is None or self.published[1] != version:
+            self.published = (self.student.keep(work.publish), version)
+        weights = self.published
+        calls = {rank: self.engines.submit_to(rank, work.receive, *weights) for rank in range(len(self.engines))}
+        for rank, call in calls.items():
+            try:
+                call.result()
+            except WorkerDied as error:
+                self.engine_lost(rank, error)
+        return {"sync/megabytes": weights[0].nbytes / 1e6}
+
+    def _push(self) -> Metrics:
+        """Through vLLM's weight transfer, and probed. A lost engine breaks the connection of all."""
+        while True:
+            failure = "" if self.connected else self._connect()
+            if not failure:
+                found, failure = self.student.run(engine_actors.push)
+                if not failure:
+                    return found
+            self.connected = False
+            dead = [error for error in map(self._death_of, range(len(self.engines))) if error is not None]
+            if not dead:
+                raise WorkerFailed("generation", 0, self.engines.slots.nodes[0].name, failure)
+            self._replace_engine(dead[0].rank, dead[0])
+
+    def _connect(self) -> str:
+        inputs = self.inputs
+        text = inputs.train.render([0], inputs.train.problems.rows[:1])[0].tokens
+        vocab = inputs.student_vocab or len(inputs.tokenizer)
+        workers = [devices_per_worker(self.recipe, "generation")] * len(self.engines)
+        failure = self.student.run(engine_actors.connect, self.recipe, self.engines.handles, workers, text, vocab)
+        self.connected = not failure
+        return failure
+
+    def _death_of(self, rank: int) -> WorkerDied | None:
+        try:
+            self.engines.submit_to(rank, work.alive).result()
+        except WorkerDied as error:
+            return error
+        return None
+
+    def export(self, path: Path) -> None:
+        """``Student.export``."""
+        self.student.run(Student.export, path)
+
+    def memory(self) -> Metrics:
+        """The most that one worker of a role uses."""
+        return {f"memory/{role}_gib": max(pool.gib.values(), default=0.0) for role, pool in self.pools.items()}
+
+    def take_work(self) -> list[Work]:
+        """All calls done since the last time."""
+        found: list[Work] = []
+        for pool in self.pools.values():
+            done, pool.work[:] = list(pool.work), []
+            found += done
+        return found
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Workers by role."""
+        return {role: len(pool) for role, pool in self.pools.items()}
+
+    # --- losses -------------------------------------------------------------------------------------------------
+
+    def revive(self, error: BaseException) -> None:
+        """A training group that lost a rank is built anew; anything else is raised."""
+        if not isinstance(error, WorkerDied) or error.role != "training":
+            raise error
+        self._count("training", error)
+        self.published, self.connected = None, False  # both were the group's
+        self.student.restart()
+
+    def engine_lost(self, rank: int, error: WorkerDied) -> None:
+        """Replace an engine, or all if its node is gone; they get the newest weights."""
+        while True:
+            ranks = self._replace_engine(rank, error)
+            try:
+                if self.by_vllm:
+                    self._push()
+                elif self.published is not None:
+                    for one in ranks:
+                        self.engines.submit_to(one, work.receive, *self.published).result()
+                return
+            except WorkerDied as again:
+                if again.role != "generation":
+                    raise
+                rank, error = again.rank, again
+
+    def _replace_engine(self, rank: int, error: WorkerDied) -> list[int]:
+        """The ranks that were built anew."""
+        self._count("generation", error)
+        self.connected = False
+        if self.engines.has_node(rank):
+            self.engines.restart(rank)
+            return [rank]
+        self.engines.restart()
+        return list(range(len(self.engines)))
+
+    def _teacher_lost(self, error: WorkerDied) -> None:
+        if self.teacher_shares:
+            raise error
+        self._count("teacher", error)
+        self.teacher.restart()
+
+    def _count(self, role: str, error: WorkerDied) -> None:
+        if self.closed:  # whoever collects ahead sees its workers end with the run
+            raise error
+        self.restarts[role] += 1
+        most = self.recipe.cluster.max_restarts
+        if self.restarts[role] > most:
+            error.add_note(f"(the {role} role was restarted {most} times before: cluster.max_restarts={most})")
+            raise error
+        logger.warning(f"{error}; restart {self.restarts[role]} of at most {most}")
+
+
+class _Engines:
+    """``collect.Engines`` of one request."""
+
+    def __init__(self, roles: RayRoles, request: Request):
+        self.roles, self.request = roles, request
+
+    def idle(self) -> list[int]:
+        return list(range(len(self.roles.engines)))
+
+    def submit(self, engine: int, prompts: Sequence[Prompt]) -> Pending[list[Rollout]]:
+        return self.roles.engines.submit_to(engine, work.sample, prompts, self.request, _WHOLE)
+
+    def lost(self, engine: int, error: WorkerDied) -> None:
+        self.roles.engine_lost(engine, error)
+
+
+_WHOLE = 1 << 30
+"""An engine decodes the batch it is given as one."""
+
+
+class _Teacher:
+    """``collect.Scorer``."""
+
+    def __init__(self, roles: RayRoles):
+        self.roles = roles
+
+    def submit(self, rollouts: Sequence[Rollout]) -> Pending[Refs]:
+        return self.roles.submit_score(rollouts)
+
+    def lost(self, error: WorkerDied) -> None:
+        self.roles._teacher_lost(error)
