@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray  # pyright: ignore[reportMissingImports]
+from ray.exceptions import ObjectLostError, RayActorError  # pyright: ignore[reportMissingImports]
 
 from fastkd import cluster_workers as work
 from fastkd import engine_actors
@@ -37,7 +37,7 @@ from fastkd.student import Student
 from fastkd.teacher import Teacher, shares_student
 from fastkd.timeline import Work
 
-_LOST: tuple[type[BaseException], ...] = (ray.exceptions.ObjectLostError, ray.exceptions.RayActorError)
+_LOST: tuple[type[BaseException], ...] = (ObjectLostError, RayActorError)
 """What fetching an object raises whose maker is gone."""
 
 

@@ -6,6 +6,7 @@ What it cannot show is speed: all nodes share this machine's cores and memory.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -45,7 +46,7 @@ def simulated(nodes: int, slots: int, *, store_bytes: int = _STORE_BYTES) -> Ite
             cluster.add_node(
                 num_cpus=1, resources={SLOT: slots}, object_store_memory=store_bytes, node_name=f"node-{number}"
             )
-        ray.init(address=cluster.address, logging_level="warning")
+        ray.init(address=cluster.address, logging_level=logging.WARNING)
         yield cluster
     finally:
         ray.shutdown()
