@@ -1,5 +1,6 @@
 """The command line: exit codes, one paragraph per mistake, nothing written, and no heavy imports for --check."""
 
+import importlib.util
 import subprocess
 import sys
 import types
@@ -113,8 +114,10 @@ def test_a_missing_recipe(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
-def test_a_cluster_recipe_is_not_started_here(capsys, runner):
+def test_a_cluster_recipe_is_not_started_without_ray(capsys, runner, monkeypatch):
     runner(lambda loaded: pytest.fail("must not start"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
     assert command.main([str(FIXTURES / "nemo_distillation_math.yaml")]) == 2
     assert "Add policy.generation.backend=transformers" in capsys.readouterr().err
 
