@@ -188,7 +188,8 @@ def test_the_table():
 
 
 DRIVER = """
-import sys, ray
+import signal, sys, ray
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 from ray_workers import Member
