@@ -21,7 +21,7 @@ from benchmarks.measure import Bench
 from benchmarks.records import Row
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 6
+STEPS = 5
 SETTINGS = [
     "distillation.num_prompts_per_step=32",
     "policy.train_global_batch_size=32",

@@ -12,7 +12,7 @@ from fastkd import cluster_workers as real
 from fastkd.rollout import Generation
 from fastkd.teacher import Teacher
 
-SECONDS = {"generation": 6.0, "teacher": 4.0, "training": 5.0}
+SECONDS = {"generation": 12.0, "teacher": 8.0, "training": 10.0}
 """Of one step, all its samples together; generation shares it among its engines."""
 
 
@@ -24,16 +24,6 @@ class SlowGeneration(Generation):
     def sample(self, prompts: Any, request: Any, *, batch_size: int | None = None) -> Any:
         time.sleep(self.wait * len(prompts) * request.generations)
         return Generation.sample(self, prompts, request, batch_size=batch_size)
-
-
-class SlowTeacher(Teacher):
-    """Waits for every rollout that it scores."""
-
-    wait = 0.0
-
-    def score(self, rollouts: Any) -> Any:
-        time.sleep(self.wait * len(rollouts))
-        return Teacher.score(self, rollouts)
 
 
 class SlowLearner(real.Learner):
@@ -53,10 +43,15 @@ def generator(seat: Any, recipe: Any, *args: Any) -> Any:
 
 
 def scorer(seat: Any, recipe: Any, *args: Any) -> Any:
-    worker = real.scorer(seat, recipe, *args)
-    worker.__class__ = SlowTeacher
-    SlowTeacher.wait = SECONDS["teacher"] / recipe.distillation.batch_size
-    return worker
+    wait, score = SECONDS["teacher"] / recipe.distillation.batch_size, Teacher.score
+
+    def slow(worker: Any, rollouts: Any) -> Any:
+        """Waits for every rollout that it scores."""
+        time.sleep(wait * len(rollouts))
+        return score(worker, rollouts)
+
+    Teacher.score = slow  # in this process; the pool calls the class's own function
+    return real.scorer(seat, recipe, *args)
 
 
 def learner(seat: Any, *args: Any) -> Any:
