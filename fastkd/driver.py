@@ -55,8 +55,21 @@ class Inputs:
         return min(loop.max_num_steps, loop.max_num_epochs * self.train.batches_per_epoch)
 
 
-def prepare(loaded: LoadedRecipe) -> Inputs:
-    """Check everything that needs a tokenizer or a dataset, and build what the loop reads.
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Student and teacher as far as they are settled without weights."""
+
+    recipe: Recipe
+    """With paths made absolute."""
+    tokenizer: Any
+    teacher_tokenizer: Any
+    student_vocab: int | None
+    """``Inputs.student_vocab``."""
+    teacher_vocab: int | None
+
+
+def settle(loaded: LoadedRecipe) -> Pair:
+    """Tokenizers and vocabularies of a recipe, checked against one another, and what else needs no data.
 
     Raises:
         UserError: one of its kinds, naming the key at fault.
@@ -88,7 +101,23 @@ def prepare(loaded: LoadedRecipe) -> Inputs:
             f"Set it to {vocab} or less",
             value=k,
         )
+    return Pair(
+        recipe,
+        tokenizer,
+        teacher_tokenizer,
+        models.valid_vocab(tokenizer, student_config),
+        models.valid_vocab(tokenizer, teacher_config),
+    )
 
+
+def prepare(loaded: LoadedRecipe) -> Inputs:
+    """Check everything that needs a tokenizer or a dataset, and build what the loop reads.
+
+    Raises:
+        UserError: one of its kinds, naming the key at fault.
+    """
+    pair = settle(loaded)
+    recipe, tokenizer, policy = pair.recipe, pair.tokenizer, pair.recipe.policy
     train_rows, validation_rows = load_problems(recipe)
     render = Renderer(
         "data.train",
@@ -121,9 +150,9 @@ def prepare(loaded: LoadedRecipe) -> Inputs:
         tokenizer,
         stream,
         validation,
-        models.valid_vocab(tokenizer, student_config),
-        models.valid_vocab(tokenizer, teacher_config),
-        _teacher_prompts(recipe, teacher_tokenizer),
+        pair.student_vocab,
+        pair.teacher_vocab,
+        _teacher_prompts(recipe, pair.teacher_tokenizer),
     )
 
 

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from fastkd import log, metrics, models, optim
+from fastkd import log, metrics
 from fastkd.batch import Rollout
 from fastkd.blends.places import run_length
 from fastkd.blends.stream import BlendStream, open_blend
 from fastkd.config.blend import Blend
 from fastkd.context_distillation import Readings
 from fastkd.describe import outline
-from fastkd.driver import Inputs, RunFolder, locate
-from fastkd.errors import RecipeError
+from fastkd.driver import Inputs, RunFolder, settle
 from fastkd.log import logger
 from fastkd.metrics import Metrics
-from fastkd.pools import local_device
 from fastkd.recipe import LoadedRecipe
 from fastkd.roles import Roles, Scored
-from fastkd.runner import Runner, started
+from fastkd.runner import Runner, drive
+from fastkd.stop import Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +54,16 @@ class OffPolicyInputs(Inputs):
 class OffPolicyRunner(Runner):
     """``Runner`` whose batches come from a blend."""
 
-    def __init__(self, loaded: LoadedRecipe, inputs: Inputs, folder: RunFolder, roles: Roles, texts: Texts):
-        super().__init__(loaded, inputs, folder, roles)
+    def __init__(
+        self,
+        loaded: LoadedRecipe,
+        inputs: Inputs,
+        folder: RunFolder,
+        roles: Roles,
+        texts: Texts,
+        stop: Stop | None = None,
+    ):
+        super().__init__(loaded, inputs, folder, roles, stop)
         self.texts = texts
         with_loss = self.config.val_track_train_metrics
         self.validator = TextValidator(texts.validation, roles, with_loss)  # pyright: ignore[reportAttributeAccessIssue]
@@ -122,24 +128,10 @@ def prepare(loaded: LoadedRecipe, blend: Blend) -> tuple[Inputs, Texts]:
     Raises:
         UserError: one of its kinds, naming the key at fault.
     """
-    recipe = locate(loaded)
-    metrics.require_sinks(recipe.logger)
-    optim.check(recipe.policy)
-    steps, samples = run_length(recipe, blend)
+    pair = settle(loaded)
+    recipe, tokenizer = pair.recipe, pair.tokenizer
     policy, teacher = recipe.policy, recipe.teacher
-    student_config = models.load_config("policy.model_name", policy.model_name)
-    teacher_config = models.load_config("teacher.model_name", teacher.model_name)
-    tokenizer = models.load_tokenizer("policy.tokenizer.name", policy.tokenizer.name, policy.tokenizer.chat_template)
-    other = models.load_tokenizer("teacher.tokenizer.name", teacher.tokenizer.name, teacher.tokenizer.chat_template)
-    models.check_vocabularies(tokenizer, other, policy.tokenizer.name, teacher.tokenizer.name)
-    vocab = min(len(tokenizer), student_config.vocab_size, teacher_config.vocab_size)
-    if recipe.distillation.topk_logits_k > vocab:
-        raise RecipeError(
-            "distillation.topk_logits_k",
-            f"the vocabulary has only {vocab} tokens",
-            f"Set it to {vocab} or less",
-            value=recipe.distillation.topk_logits_k,
-        )
+    steps, samples = run_length(recipe, blend)
 
     def stream(split: str) -> BlendStream | None:
         return open_blend(
@@ -163,8 +155,8 @@ def prepare(loaded: LoadedRecipe, blend: Blend) -> tuple[Inputs, Texts]:
         tokenizer,
         train,  # pyright: ignore[reportArgumentType]
         validation,  # pyright: ignore[reportArgumentType]
-        models.valid_vocab(tokenizer, student_config),
-        models.valid_vocab(tokenizer, teacher_config),
+        pair.student_vocab,
+        pair.teacher_vocab,
         steps=steps,
     )
     return inputs, Texts(blend, train, validation, samples)
@@ -204,15 +196,9 @@ def run(loaded: LoadedRecipe, blend: Blend) -> None:
     """
     log.configure()
     inputs, texts = prepare(loaded, blend)
-    local_device(inputs.recipe.cluster)  # a missing GPU is a mistake to find before the run folder exists
-    folder = RunFolder(inputs.recipe)
-    try:
-        if folder.completed_steps() >= inputs.last_step:
-            logger.info(f"this run is complete: {Path(folder.summary)}. Give another logger.log_dir to start anew")
-            return
-        folder.record(loaded)
-        opening(loaded, inputs, texts)
-        with started(inputs) as roles:
-            OffPolicyRunner(loaded, inputs, folder, roles, texts).run()
-    finally:
-        folder.close()
+
+    def build(folder: RunFolder, roles: Roles, stop: Stop) -> Runner:
+        return OffPolicyRunner(loaded, inputs, folder, roles, texts, stop)
+
+    more = "Give another logger.log_dir to start anew"
+    drive(loaded, inputs, more, lambda: opening(loaded, inputs, texts), build)

@@ -103,7 +103,7 @@ class RayPool(Generic[W]):
         self.work: list[Work] = []
         """Calls done since somebody last emptied it."""
         self.gib: dict[int, float] = {}
-        """Memory in use by rank, after its last call."""
+        """The most memory in use after a call, by rank, since somebody last emptied it."""
         self._call, self._actors = (build, args, kwargs), dict[int, Any]()
         self._names: dict[Any, str] = {}
         """Calls under way."""
@@ -188,7 +188,7 @@ class RayPool(Generic[W]):
             if not isinstance(found, Failure):
                 if isinstance(found, Timed):
                     self.work.append(Work(self.role, rank, name, found.began, found.ended))
-                    self.gib[rank] = found.gib
+                    self.gib[rank] = max(found.gib, self.gib.get(rank, 0.0))
                     found = found.value
                 results[rank] = found
                 continue

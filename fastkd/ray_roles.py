@@ -49,21 +49,9 @@ class RayRoles:
         self.inputs, self.recipe, self.placement = inputs, recipe, placement
         self.restarts: Counter[str] = Counter()
         self.closed = False
-        threads = recipe.cluster.cpu_threads if recipe.cluster.device == "cpu" else None
-        limits = Limits(disk_path=str(recipe.checkpointing.checkpoint_dir))
-        group, alone = Options(threads=threads, limits=limits), Options(False, threads=threads, limits=limits)
         self.pools: dict[str, RayPool[Any]] = {}
-        self.student: RayPool[Any] = self._pool(
-            "training", group, work.learner, recipe, inputs.student_vocab, inputs.teacher_vocab
-        )
         self.teacher_shares = shares_student(recipe)
-        self.teacher: RayPool[Any] = (
-            self.student
-            if self.teacher_shares
-            else self._pool("teacher", group, work.scorer, recipe, inputs.teacher_vocab)
-        )
         self.by_vllm = recipe.policy.generation.backend == "vllm"
-        self.engines: RayPool[Any] = self._engine_pool(alone)
         self.connected = False
         """Whether the training group and the vLLM engines, all of them, are in one transfer group."""
         self.version = 0
@@ -75,6 +63,22 @@ class RayRoles:
             saved=lambda wait: self.student.run(Student.saved, wait),
             load=lambda path: self.student.run(Student.load, path),
         )
+
+    def _start(self) -> None:
+        """Start the pools; ``close`` ends those that were started, whatever happened to the others."""
+        recipe, inputs = self.recipe, self.inputs
+        threads = recipe.cluster.cpu_threads if recipe.cluster.device == "cpu" else None
+        limits = Limits(disk_path=str(recipe.checkpointing.checkpoint_dir))
+        group, alone = Options(threads=threads, limits=limits), Options(False, threads=threads, limits=limits)
+        self.student: RayPool[Any] = self._pool(
+            "training", group, work.learner, recipe, inputs.student_vocab, inputs.teacher_vocab
+        )
+        self.teacher: RayPool[Any] = (
+            self.student
+            if self.teacher_shares
+            else self._pool("teacher", group, work.scorer, recipe, inputs.teacher_vocab)
+        )
+        self.engines: RayPool[Any] = self._engine_pool(alone)
 
     @classmethod
     @contextmanager
@@ -90,11 +94,10 @@ class RayRoles:
             Placement(inputs.recipe, cpu_slots=cluster.cpu_slots_per_node, exclude=cluster.exclude_nodes) as placement,
         ):
             logger.info(placement.marker())
-            roles = cls.__new__(cls)
-            roles.pools = {}
+            roles = cls(inputs, placement)
             failed = True
             try:
-                roles.__init__(inputs, placement)
+                roles._start()
                 yield roles
                 failed = False
             finally:
@@ -256,7 +259,10 @@ class RayRoles:
 
     def memory(self) -> Metrics:
         """The most that one worker of a role uses."""
-        return {f"memory/{role}_gib": max(pool.gib.values(), default=0.0) for role, pool in self.pools.items()}
+        found = {f"memory/{role}_gib": max(pool.gib.values()) for role, pool in self.pools.items() if pool.gib}
+        for pool in self.pools.values():
+            pool.gib.clear()
+        return found
 
     def take_work(self) -> list[Work]:
         """All calls done since the last time."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fastkd import calibration, log, metrics
@@ -103,7 +104,7 @@ class Runner:
 
     def run(self) -> None:
         """All steps that are left, then the summary. A lost training group goes on from the newest checkpoint."""
-        with self.stop:
+        with self.stop, closing(self.timeline):
             while True:
                 try:
                     done = self._run()
@@ -113,7 +114,6 @@ class Runner:
                     self.roles.revive(error)
                 finally:
                     self.batches.close()
-                    self.timeline.flush()
         if done:
             self._finish()
 
@@ -308,18 +308,35 @@ def run(loaded: LoadedRecipe) -> None:
     """
     log.configure()
     inputs = prepare(loaded)
+    more = "Raise distillation.max_num_steps to go on, or give another logger.log_dir to start anew"
+    drive(loaded, inputs, more, lambda: opening(loaded, inputs), partial(Runner, loaded, inputs))
+
+
+def drive(
+    loaded: LoadedRecipe,
+    inputs: Inputs,
+    more: str,
+    introduce: Callable[[], None],
+    build: Callable[[RunFolder, Roles, Stop], Runner],
+) -> None:
+    """Run folder, workers, signals, and the loop in the middle of them.
+
+    Args:
+        loaded: the recipe.
+        inputs: what ``prepare`` made of it.
+        more: what a person does about a run that is complete.
+        introduce: logs what the run is about.
+        build: makes the loop.
+    """
     if not needs_cluster(inputs.recipe):
         local_device(inputs.recipe.cluster)  # a missing GPU is a mistake to find before the run folder exists
     folder = RunFolder(inputs.recipe)
     try:
         if folder.completed_steps() >= inputs.last_step:
-            logger.info(
-                f"this run is complete: {folder.summary}. Raise distillation.max_num_steps to go on, "
-                "or give another logger.log_dir to start anew"
-            )
+            logger.info(f"this run is complete: {folder.summary}. {more}")
             return
         folder.record(loaded)
-        opening(loaded, inputs)
+        introduce()
         with Stop() as stop, ExitStack() as workers:
             try:
                 with stop.at_once():
@@ -327,6 +344,6 @@ def run(loaded: LoadedRecipe) -> None:
             except Stopped as stopped:
                 logger.info(f"stopped by {stopped} before the first step")
                 return
-            Runner(loaded, inputs, folder, roles, stop).run()
+            build(folder, roles, stop).run()
     finally:
         folder.close()
