@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkd._kernels import pages
 from fastkd._kernels.heads import GivenLogits, Gradients, LinearHead, Needs
 from fastkd._kernels.linear_kl_low import run_low
 from fastkd._kernels.problem import Outputs, Problem
 from fastkd._kernels.rows import TopKLoss, chunks, leading_dimension
-from fastkd._kernels.scratch import scratch
 
 
 def solve(
@@ -53,7 +53,7 @@ def run_fast(head: LinearHead | GivenLogits, problem: Problem, outputs: Outputs)
     for part in parts:
         c = part.stop - part.start
         if buffer is None:  # no later chunk is larger
-            buffer = scratch((c, leading), head.dtype, problem.weights.device)
+            buffer = pages.empty((c, leading), head.dtype, problem.weights.device)
         chunk = buffer[:c]
         head.fill(part, chunk[:, :columns])
 

@@ -1,4 +1,4 @@
-"""Memory for a chunk of logits, on the CPU in pages of 2 MiB.
+"""Memory for what is as large as a chunk of logits, on the CPU in pages of 2 MiB.
 
 A buffer of 160 MB is new to the process at every call: the allocator gives blocks of this size back at once. Touching
 it in pages of 4 KiB costs as much again as writing it twice (measured: 94 ms against 17), so Linux is asked for pages
@@ -19,8 +19,8 @@ _PAGE = 2 << 20
 _WORTH_IT = 4 * _PAGE
 
 
-def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor for use within one call."""
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``torch.empty``, in large pages where that is worth it."""
     made = torch.empty(shape, dtype=dtype, device=device)
     # A subclass (FakeTensor) has no memory.
     if device.type == "cpu" and type(made) is Tensor and made.nbytes >= _WORTH_IT and (advise := _madvise()):
