@@ -40,13 +40,21 @@ class WorkerFailed(WorkerError):
     """A worker raised; its own traceback is the cause."""
 
     def __init__(self, role: str, rank: int, node: str, what: str, trace: str = ""):
-        self.role, self.rank, self.node, self.trace = role, rank, node, trace
+        self.role, self.rank, self.node, self.what, self.trace = role, rank, node, what, trace
         RuntimeError.__init__(self, f"{role} rank {rank} on {node}: {what}")
         self.__cause__ = RemoteTraceback(trace) if trace else None
 
 
 class WorkerDied(WorkerFailed):
     """A worker's process, or its node, is gone."""
+
+    gone = True
+    life = 0
+    """Which of the processes that this rank had in turn it was."""
+
+
+class NodeLost(WorkerFailed):
+    """A worker's node is gone and no other took its place."""
 
 
 @dataclass(frozen=True, slots=True)

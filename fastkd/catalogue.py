@@ -51,6 +51,10 @@ def _layout(recipe: Recipe) -> list[str]:
         engines = f"{count} engine{'s' * (count > 1)} × {width}, {share:g}"
     else:
         engines = f"{sizes.generation} × transformers"
+    if recipe.data.blend.enabled:
+        engines = "none: texts that exist"
+    elif generation.colocated.enabled is not False:
+        engines = f"{engines}, on the same devices"
     machines = (
         f"{cluster.num_nodes} × {cluster.gpus_per_node}" if cluster.gpus_per_node else f"{cluster.num_nodes}, CPU"
     )
@@ -58,7 +62,7 @@ def _layout(recipe: Recipe) -> list[str]:
         machines,
         _short(recipe.policy),
         _cut(recipe.policy, sizes.training),
-        engines if generation.colocated.enabled is False else f"{engines}, on the same devices",
+        engines,
         _short(recipe.teacher),
         _cut(recipe.teacher, sizes.teacher),
     ]

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastkd.config import Checkpointing
-from fastkd.errors import CheckpointError, UserError, reason
+from fastkd.errors import CheckpointError, UserError, WorkerError, reason
 from fastkd.files import sync_folder, write_json, write_text
 from fastkd.log import logger
 from fastkd.state_files import Files, digest
@@ -115,6 +115,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: it could not be written; nothing of it is left.
+            WorkerError: a rank died with its part of it; nothing of it is left.
         """
         self._complete(wait=True)
 
@@ -126,7 +127,7 @@ class Checkpoints:
         except BaseException:
             try:
                 self.finish()
-            except CheckpointError as error:
+            except (CheckpointError, WorkerError) as error:
                 logger.warning(str(error))
             raise
         self.finish()
@@ -151,6 +152,8 @@ class Checkpoints:
             yield
         except Exception as error:
             shutil.rmtree(self._temporary(step), ignore_errors=True)
+            if isinstance(error, WorkerError) and error.gone:
+                raise  # the run goes on from the checkpoint before
             kept = self.steps()
             raise CheckpointError(
                 "checkpointing.checkpoint_dir",
@@ -201,6 +204,8 @@ class Checkpoints:
             except UserError:
                 raise  # intact, but of another model: renaming it would lose it
             except Exception as error:
+                if isinstance(error, WorkerError) and error.gone:
+                    raise  # who was to take it up is lost, not the checkpoint
                 corrupt = self.folder / f"corrupt_step_{step}"
                 shutil.rmtree(corrupt, ignore_errors=True)
                 path.rename(corrupt)

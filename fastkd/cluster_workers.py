@@ -111,14 +111,19 @@ def publish(worker: Student) -> list[Tensor | None]:
 
 
 @torch.no_grad()
-def receive(worker: Generation, tensors: Sequence[Tensor], version: int) -> None:
-    """Take up what ``publish`` gave, and sample with it from here on."""
+def receive(worker: Generation, tensors: Sequence[Tensor], version: int, lost: tuple[type[BaseException], ...]) -> bool:
+    """Take up what ``publish`` gave, and sample with it from here on; False when some of it is gone."""
     own, _ = weights.stored_tensors(worker.causal_lm)
-    for (name, mine), tensor in zip(own.items(), tensors, strict=True):
+    try:
+        found = list(tensors)
+    except lost:
+        return False
+    for (name, mine), tensor in zip(own.items(), found, strict=True):
         if mine.shape != tensor.shape:
             raise ValueError(f"weight sync: {name} is {tuple(tensor.shape)} in training, {tuple(mine.shape)} here")
         mine.copy_(tensor)
     worker.adopt(version)
+    return True
 
 
 # --- generation -----------------------------------------------------------------------------------------------------

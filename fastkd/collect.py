@@ -29,7 +29,7 @@ class Engines(Protocol):
         """Begin to sample; a ``Pending`` of rollouts, prompt by prompt."""
         ...
 
-    def lost(self, engine: int, error: WorkerDied) -> None:
+    def lost(self, error: WorkerDied) -> None:
         """Replace an engine; raises when that was done too often."""
         ...
 
@@ -125,7 +125,7 @@ class Collection:
                 found = call.result()
             except WorkerDied as error:
                 self.to_sample.appendleft(places)
-                self.engines.lost(engine, error)
+                self.engines.lost(error)
                 continue
             for number, place in enumerate(places):
                 start = place * self.generations

@@ -10,17 +10,50 @@ import torch.distributed as dist
 from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
 
 from fastkd.actors import Failure, Seat
+from fastkd.batch import Rollout
 from fastkd.config import Recipe
 from fastkd.errors import reason
+from fastkd.kernels import TopK
 from fastkd.metrics import Metrics
 from fastkd.verified_sync import VerifiedSync
 from fastkd.vllm_generation import VllmGeneration
+from fastkd.vllm_teacher import VllmTeacher
 from fastkd.weight_sync import Engines, SyncError, transport_for
+
+CALLS_AT_ONCE = 4
+"""Of an engine's actor: two batches, an update of weights, and whoever asks whether it is alive."""
 
 
 def build_engine(seat: Seat, recipe: Recipe, eos_token_id: int, valid_vocab: int | None) -> VllmGeneration:
-    """What ``RayPool(slots, Options(group=False), build_engine, …)`` runs; the first sync brings the weights."""
+    """What ``RayPool(slots, Options(group=False, at_once=CALLS_AT_ONCE), build_engine, …)`` runs.
+
+    The first sync brings the weights. A later one may come while it samples: it waits for the token under way, and
+    what is in flight goes on afterwards.
+    """
     return VllmGeneration.from_recipe(recipe, eos_token_id, valid_vocab, dummy=True)
+
+
+def build_scorer(seat: Seat, recipe: Recipe, vocab: int | None, count: int) -> Scorer:
+    """What ``RayPool(slots, Options(group=False), build_scorer, …, len(slots))`` runs for ``teacher.backend: vllm``."""
+    return Scorer(VllmTeacher(recipe, vocab), seat.rank, count)
+
+
+class Scorer(NamedTuple):
+    """One of several engines that score a batch together, each its share of the sequences."""
+
+    teacher: VllmTeacher
+    rank: int
+    count: int
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[TopK | None]:
+        """``VllmTeacher.score`` of every ``count``-th rollout; None for those of the others."""
+        scored: list[TopK | None] = [None] * len(rollouts)
+        scored[self.rank :: self.count] = self.teacher.score(rollouts[self.rank :: self.count])
+        return scored
+
+    def close(self) -> None:
+        """End the engine."""
+        self.teacher.close()
 
 
 def connect(

@@ -76,6 +76,9 @@ class MissingDependency(UserError, ImportError):
 class WorkerError(_Portable, RuntimeError):
     """A worker failed; the message carries its role and rank, the cause its traceback."""
 
+    gone = False
+    """Whether its process or its node is gone, which says nothing against what it was given."""
+
     def __init__(self, role: str, rank: int, cause: BaseException):
         self.role, self.rank = role, rank
         super().__init__(f"{role} rank {rank}: {type(cause).__name__}: {cause}")

@@ -100,6 +100,7 @@ class PackedModel(nn.Module):
             causal_lm,
             mesh,
             sequence_parallel=sharding.sequence_parallel,
+            expert_parallel=sharding.expert_parallel_size,
             recompute=trained and sharding.activation_checkpointing,
             compile_blocks=sharding.torch_compile,
             offload=sharding.cpu_offload,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from fastkd import attention, weights
+from fastkd import attention, experts, weights
 from fastkd.batch import Batch
 from fastkd.errors import ModelError, reason
 
@@ -78,6 +78,8 @@ def meta_causal_lm(key: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
         remedy = "Give a causal language model that this version of transformers knows"
         raise ModelError(key, f"cannot build its model ({reason(error)})", remedy, value=name) from error
     check_head(key, name, model)
+    if weights.stored_as_is(model):
+        experts.adopt(model)
     with suppress(OSError):  # without the file: what config.json says
         model.generation_config = GenerationConfig.from_pretrained(name)
     return model.eval()

@@ -8,7 +8,7 @@ Of a quantised layer the files hold, under its name,
     input_scale      float32 scalar: g of the input; not for weights alone
 
 and of everything else what a plain export holds. ``hf_quant_config.json`` and ``quantization_config`` in config.json
-say so, and name what is not quantised. vLLM, SGLang and TensorRT-LLM read it.
+say so, and name what is not quantised. vLLM, SGLang and TensorRT-LLM read it. Experts are written one by one.
 
 The global scales are those of training, so the codes are those that the student was trained with: read back, they give
 the values that its layers multiplied with, bit for bit (``dequantized``).
@@ -25,14 +25,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fastkd import expert_names
 from fastkd._kernels import nvfp4
 from fastkd.errors import ModelError, UserError
 from fastkd.files import write_json
-from fastkd.quantization import INPUT_SCALE, WEIGHT_SCALE, quantized_layers, quantizers_of
+from fastkd.quantization import INPUT_SCALE, WEIGHT_SCALE, quantized_tensors, quantizers_of
 from fastkd.quantization_choice import excluded
 from fastkd.safetensors_files import SafetensorsFiles
 from fastkd.weights import stored_as_is, stored_tensors
-from fastkd.weights_export import Entries, gathered, together, write_config, write_files
+from fastkd.weights_export import Entries, file_entries, gathered, in_files, together, write_config, write_files
 
 BLOCK_SCALE = "weight_scale"
 
@@ -60,51 +61,65 @@ def export(causal_lm: Any, path: Path, *, max_shard_bytes: int = 5_000_000_000) 
     if not stored_as_is(causal_lm):
         raise UserError(
             "export",
-            f"checkpoints of {type(causal_lm).__name__} hold other tensors than the model has (experts one by one)",
-            "Use a dense model",
+            f"checkpoints of {type(causal_lm).__name__} hold other tensors than the model has",
+            "Use a dense model, or one whose experts are stored one by one",
         )
-    layers = {f"{name}.weight": layer for name, layer in quantized_layers(causal_lm)}
+    layers = quantized_tensors(causal_lm)
     tensors, _ = stored_tensors(causal_lm)
     stream = gathered(causal_lm, tensors, shared.dtype, folded=False)
+    held = _holders(causal_lm, tensors, layers)
+    plain = file_entries(causal_lm, tensors, shared.dtype)
 
     def write() -> None:
         path.mkdir(parents=True, exist_ok=True)
-        names = excluded(causal_lm, (name.removesuffix(".weight") for name in layers))
+        names = excluded(causal_lm, {name.rpartition(".")[0] for name in layers})
         write_config(causal_lm, path, shared.dtype, _config(names, shared.config.activations))
         write_json(path / "hf_quant_config.json", _quant_config(names, shared.config.activations))
         parameters = sum(tensor.numel() for tensor in tensors.values())
-        expanded = _expand(tensors, layers, stream)
-        write_files(path, _entries(tensors, layers, shared.dtype), expanded, max_shard_bytes, parameters)
+        expanded = _expand(plain, held, in_files(causal_lm, tensors, stream))
+        write_files(path, _entries(plain, held), expanded, max_shard_bytes, parameters)
 
     together(path, stream, write)
 
 
-def _entries(tensors: dict[str, Tensor], layers: dict[str, Any], dtype: torch.dtype) -> Entries:
-    """What the files hold, in the order of ``_expand``."""
+def _holders(causal_lm: Any, tensors: dict[str, Tensor], layers: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """By name, the quantised tensors of the files: what holds the scales, and which expert's of them."""
+    found: dict[str, tuple[Any, Any]] = {name: (layer, ...) for name, layer in layers.items()}
+    for name, pieces in expert_names.pieces(causal_lm).items():
+        if name in layers:
+            for expert in range(tensors[name].shape[0]):
+                found |= dict.fromkeys(pieces.of(expert), (layers[name], expert))
+    return found
+
+
+def _entries(plain: Entries, held: dict[str, tuple[Any, Any]]) -> Entries:
+    """What the files hold, in the order of ``_expand``, given what they would hold without quantisation."""
     entries: dict[str, tuple[torch.dtype, Any]] = {}
-    for name, tensor in tensors.items():
-        if name not in layers:
-            entries[name] = (dtype if tensor.is_floating_point() else tensor.dtype, tensor.shape)
+    for name, (dtype, shape) in plain.items():
+        if name not in held:
+            entries[name] = (dtype, shape)
             continue
-        rows, inputs = tensor.shape
+        rows, inputs = shape
         parent = name.removesuffix("weight")
         entries[name] = (torch.uint8, (rows, inputs // 2))
         entries[parent + BLOCK_SCALE] = (torch.float8_e4m3fn, (rows, inputs // nvfp4.BLOCK))
-        for scale in _scales(layers[name]):
+        for scale in _scales(held[name][0]):
             entries[parent + scale] = (torch.float32, ())
     return entries
 
 
-def _expand(tensors: dict[str, Tensor], layers: dict[str, Any], stream: Iterator[Any]) -> Iterator[Tensor]:
+def _expand(plain: Entries, held: dict[str, tuple[Any, Any]], stream: Iterator[Any]) -> Iterator[Tensor]:
     """Whole tensors, with codes and scales in the place of quantised weights."""
-    for name, whole in zip(tensors, stream, strict=True):
-        if name not in layers:
+    for name, whole in zip(plain, stream, strict=True):
+        if name not in held:
             yield whole
             continue
-        layer = layers[name]
-        yield from nvfp4.quantize(whole, layer.weight_scale_2.to(whole.device))
-        for scale in _scales(layer):
-            yield getattr(layer, scale)
+        layer, expert = held[name]
+        scale = layer.weight_scale_2[expert]
+        yield from nvfp4.quantize(whole, scale.to(whole.device))
+        yield scale
+        if _scales(layer)[1:]:
+            yield layer.input_scale
 
 
 def _scales(layer: Any) -> list[str]:

@@ -7,8 +7,10 @@ weights nor the schedule, as in Megatron.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastkd import log, metrics
@@ -25,6 +27,8 @@ from fastkd.recipe import LoadedRecipe
 from fastkd.roles import Roles, Scored
 from fastkd.runner import Runner, drive
 from fastkd.stop import Stop
+
+_AGES = ("rollout/staleness_mean", "rollout/staleness_max", "rollout/dropped_stale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,36 +69,41 @@ class OffPolicyRunner(Runner):
     ):
         super().__init__(loaded, inputs, folder, roles, stop)
         self.texts = texts
+        self.stale_limit = sys.maxsize  # texts do not age, whatever was scored ahead
         with_loss = self.config.val_track_train_metrics
         self.validator = TextValidator(texts.validation, roles, with_loss)  # pyright: ignore[reportAttributeAccessIssue]
 
     def step(self) -> Metrics:
         """Read and score, train; or pass the samples over."""
         if not self.texts.blend.skips(self.step_number + 1):
-            return super().step()
+            found = super().step()
+            return {name: value for name, value in found.items() if name not in _AGES}
         with self.spans.measure("step"):
             batch = self.batches.next(self.step_number + 1)
         self.step_number += 1
         self.consumed_prompts = batch.consumed
         return self._rollout_metrics([]) | {"train/skipped": 1.0}
 
-    def _collect(self, step: int) -> Scored:
+    def _collect(self, step: int, sampled: Callable[[], None]) -> Scored:
+        # ``sampled`` is never called: the next step is read once this one is scored.
         stream = self.texts.train
         if self.texts.blend.skips(step):
             stream.skip()
             return _scored([], [], stream.consumed)
+        start = stream.consumed
         with self.spans.measure("data"):
             rollouts = stream.next()
+        found = by_source(stream, start, rollouts)
         with self._phase("scoring", "teacher"):
-            return _scored(rollouts, self.roles.score(rollouts), stream.consumed)
+            return _scored(rollouts, self.roles.score(rollouts), stream.consumed, found)
 
     def _say(self, found: Metrics) -> None:
         if "train/skipped" in found:
             logger.info(f"step {self.step_number}/{self.last_step} | skipped (data.blend.iterations_to_skip)")
             return
-        # Nothing is sampled: the time that goes by before scoring is that of reading and tokenising.
+        # Nothing is sampled: the time before scoring is that of reading and tokenising; ahead, a step before told it.
         times = self.spans.peek()
-        times["timing/generation"] = times.pop("timing/data")
+        times["timing/generation"] = times.pop("timing/data", 0.0)
         loss = "jsd" if self.recipe.loss_fn.kl_type == "jsd" else "kl"
         line = metrics.step_line(self.step_number, self.last_step, found | times, loss)
         logger.info(line.replace("| gen ", "| data "))
@@ -118,8 +127,25 @@ class TextValidator:
         return {f"validation/{name}": value for name, value in found.items()}
 
 
-def _scored(rollouts: Sequence[Rollout], rows: Sequence[Any], consumed: int) -> Scored:
-    return Scored(rollouts, Readings(rollouts, rollouts, {}), rows, consumed)
+def by_source(stream: BlendStream, start: int, rollouts: Sequence[Rollout]) -> Metrics:
+    """Samples, and tokens that count, which each source gave to a step: ``blend/samples/<name>``, ``blend/tokens/…``.
+
+    Args:
+        start: samples consumed before the step.
+        rollouts: those of the step.
+    """
+    names = [Path(source.path).stem for source in stream.sources]
+    # Two files of one name in different folders are told apart by their place in the blend.
+    names = [f"{name}_{place}" if names.count(name) > 1 else name for place, name in enumerate(names)]
+    found = {f"blend/{kind}/{name}": 0.0 for kind in ("samples", "tokens") for name in names}
+    for (source, _), rollout in zip(stream.origins(start, len(rollouts)), rollouts, strict=True):
+        found[f"blend/samples/{names[source]}"] += 1
+        found[f"blend/tokens/{names[source]}"] += len(rollout.response)
+    return found
+
+
+def _scored(rollouts: Sequence[Rollout], rows: Sequence[Any], consumed: int, found: Metrics | None = None) -> Scored:
+    return Scored(rollouts, Readings(rollouts, rollouts, found or {}), rows, consumed)
 
 
 def prepare(loaded: LoadedRecipe, blend: Blend) -> tuple[Inputs, Texts]:

@@ -5,6 +5,7 @@ turns a model inside its root module (whose forward returns the loss) into a sha
 
 * cp: every batch is cut by ``local_batch``, and attention gathers keys and values (``fastkd.context_parallel``);
 * tp: the model's own plan (``fastkd.tensor_plan``), embedding and head split by vocabulary rows;
+* experts: whole ones, over ranks of all three dimensions (``fastkd.expert_parallel``);
 * dp × cp: FSDP2, a unit per block, compute in ``param_dtype``, gradients reduced in float32;
 * recompute, compile and CPU offload per block.
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +37,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fastkd import block_compile
+from fastkd import expert_parallel as experts
 from fastkd.batch import Batch, pad
 from fastkd.collectives import gather
 from fastkd.context_parallel import split
@@ -84,6 +87,8 @@ class HeadShard:
 class _Layout:
     mesh: DeviceMesh
     sequence_parallel: bool
+    experts: bool = False
+    """Some blocks have experts: tp ranks work on a part of the tokens there."""
 
 
 def build_mesh(tp: int, cp: int, dp: int | None, device_type: str, *, key: str = KEY) -> DeviceMesh:
@@ -131,6 +136,7 @@ def shard(
     mesh: DeviceMesh,
     *,
     sequence_parallel: bool = False,
+    expert_parallel: int = 1,
     recompute: bool = False,
     compile_blocks: bool | str = False,
     offload: bool = False,
@@ -148,6 +154,7 @@ def shard(
         causal_lm: a transformers causal language model.
         sequence_parallel: between the blocks each rank of tp holds a block of the tokens. Less memory, the same
             traffic. No effect with tp 1.
+        expert_parallel: ranks that share one set of the experts, neighbours in the mesh.
         recompute: run each block again in backward instead of keeping its activations.
         compile_blocks: torch.compile every block; a string names the backend.
         offload: parameters, gradients and optimizer state live in host memory.
@@ -160,22 +167,24 @@ def shard(
     """
     tp_mesh, tp = mesh["tp"], mesh["tp"].size()
     check_tensor_parallel(causal_lm.config, tp, f"{key}.tensor_parallel_size")
+    experts.check(causal_lm.config, mesh.size(), expert_parallel, f"{key}.expert_parallel_size")
     sequence_parallel = sequence_parallel and tp > 1
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     tied = head.weight is embedding.weight
+    spread = experts.apply(causal_lm, mesh, expert_parallel, tp_mesh, sequence_parallel=sequence_parallel)
     if tp > 1:
         apply_plan(causal_lm, tp_mesh, sequence_parallel=sequence_parallel)
         data = head.weight.detach()
         head.weight = embedding.weight if tied else nn.Parameter(
             distribute_tensor(data, tp_mesh, [Shard(0)], src_data_rank=None), requires_grad=head.weight.requires_grad
         )  # fmt: skip
-    causal_lm.fastkd_layout = _Layout(mesh, sequence_parallel)
+    causal_lm.fastkd_layout = _Layout(mesh, sequence_parallel, bool(spread))
     head.forward = _HeadForward(head, mesh, sequence_parallel)
     if recompute:
         recompute_blocks(causal_lm)
     if compile_blocks:
         block_compile.compile_blocks(causal_lm, compile_blocks if isinstance(compile_blocks, str) else "inductor")
-    _fully_shard(root, causal_lm, mesh, tied, param_dtype, offload)
+    _fully_shard(root, causal_lm, mesh, spread, tied, param_dtype, offload)
 
 
 def recompute_blocks(causal_lm: Any) -> None:
@@ -186,7 +195,13 @@ def recompute_blocks(causal_lm: Any) -> None:
 
 
 def _fully_shard(
-    root: nn.Module, causal_lm: Any, mesh: DeviceMesh, tied: bool, param_dtype: torch.dtype | None, offload: bool
+    root: nn.Module,
+    causal_lm: Any,
+    mesh: DeviceMesh,
+    spread: list[Any],
+    tied: bool,
+    param_dtype: torch.dtype | None,
+    offload: bool,
 ) -> None:
     embedding, head, trunk = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings(), causal_lm.base_model
     # One dimension for both: to a parameter, other tokens of a sequence are as good as other sequences.
@@ -198,6 +213,10 @@ def _fully_shard(
         "mp_policy": MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy(),
     }
+    for module in spread:
+        data = module.expert_mesh[experts.DATA]
+        cut = partial(experts.shard_dimension, shards=data.size())
+        fully_shard(module, **options | {"mesh": data}, shard_placement_fn=cut)
     for block in trunk.layers:
         fully_shard(block, **options)
     if tied:
@@ -277,7 +296,7 @@ def local_batch(causal_lm: Any, batch: Batch) -> Batch:
     layout = getattr(causal_lm, "fastkd_layout", None)
     if layout is None:
         return batch
-    cp, tp = layout.mesh["cp"], layout.mesh["tp"].size() if layout.sequence_parallel else 1
+    cp, tp = layout.mesh["cp"], layout.mesh["tp"].size() if layout.sequence_parallel or layout.experts else 1
     if cp.size() == 1:
         return pad(batch, tp)
     # Two chunks on every rank, and a share that divides over tp.

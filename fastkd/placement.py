@@ -2,7 +2,8 @@
 
 Isolated roles own whole nodes: the nodes are chosen here, by name, and every bundle is pinned to its node by id, so
 that rank r of a role runs on node r // (workers of a node) and neighbours in rank are neighbours on a node. Roles that
-share devices take an equal fraction of each.
+share devices take an equal fraction of each. Every node has a placement group of its own: when one is lost, another
+takes its place in the order of ranks, and the workers of the rest stay where they are.
 
 A device is a GPU or, on CPU-only nodes, a slot: a custom resource that says how many workers the node takes
 (``ray start --resources='{"fastkd_slot": 2}'``).
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +26,7 @@ from ray.util.placement_group import placement_group, remove_placement_group  # 
 
 from fastkd.config import Recipe
 from fastkd.errors import UserError
+from fastkd.log import logger
 
 SLOT = "fastkd_slot"
 """Custom resource of a CPU-only node: worker processes that it takes."""
@@ -74,12 +77,13 @@ class Slots:
     """Of the resource; a fraction where roles share devices."""
     nodes: tuple[Node, ...]
     """Node of each worker."""
+    groups: tuple[Any, ...]
+    """Ray's placement group of each worker, that of its node."""
     bundles: tuple[int, ...]
-    """Bundle of each worker."""
-    group: Any
-    """Ray's placement group."""
+    """Bundle of each worker in its group."""
     renew: Callable[[float], Slots] = field(compare=False)
-    """The slots again, on other nodes where some are gone; waits so many seconds for nodes to appear."""
+    """The slots as they are now, with other nodes for those that are gone; waits so many seconds for nodes to appear,
+    then raises UserError."""
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -107,15 +111,21 @@ def shares(recipe: Recipe, cpu_slots: int = 1) -> list[Share]:
     if cluster.num_nodes == 1:
         apart = sizes.generation
         return [Share(learners, 1, per_node - apart, False), Share(("generation",), 1, apart, False)]
-    apart = sizes.generation // max(cluster.gpus_per_node, 1)
+    apart = sizes.generation // per_node
     return [Share(learners, cluster.num_nodes - apart, per_node), Share(("generation",), apart, per_node)]
 
 
 def devices_per_worker(recipe: Recipe, role: str) -> int:
-    """Devices of one worker process: vLLM starts its own tensor- and pipeline-parallel processes."""
+    """Devices of one worker process: vLLM starts its own tensor- and pipeline-parallel processes.
+
+    On CPU nodes a transformers engine takes the slots of the vLLM engine that it stands for, so that a recipe has as
+    many engines as with vLLM.
+    """
     generation = recipe.policy.generation
-    if role == "generation" and generation.backend == "vllm":
+    if role == "generation" and (generation.backend == "vllm" or recipe.cluster.device == "cpu"):
         return generation.vllm_cfg.tensor_parallel_size * generation.vllm_cfg.pipeline_parallel_size
+    if role == "teacher" and recipe.teacher.backend == "vllm":
+        return recipe.teacher.dtensor_cfg.tensor_parallel_size
     return 1
 
 
@@ -200,10 +210,14 @@ class Placement:
         for share in self.shares:
             _check_workers(recipe, share)
         self.nodes = assign(self.shares, cluster_nodes(self.resource), self.exclude, self.unit)
-        self.groups: list[Any] = [None] * len(self.shares)
+        self.groups: list[list[Any]] = [[None] * len(nodes) for nodes in self.nodes]
+        """Ray's placement group of each node of each share."""
+        self._renewing = threading.Lock()  # two roles that lose nodes at once must not take the same spare one
         try:
-            for index in range(len(self.shares)):
-                self._reserve(index, timeout)
+            # In the order of the nodes' names, one by one: of two runs that start at once, one gets all.
+            for index, nodes in enumerate(self.nodes):
+                for place in range(len(nodes)):
+                    self._reserve(index, place, timeout)
         except BaseException:
             self.close()
             raise
@@ -222,9 +236,9 @@ class Placement:
             # Ray counts in ten-thousandths: three thirds must not be more than one.
             math.floor(1e4 / len(share.roles)) / 1e4 if shared else devices,
             tuple(node for node in nodes for _ in range(workers)),
+            tuple(group for group in self.groups[index] for _ in range(workers)),
             # Shared devices have a bundle each; a role of its own has a bundle per worker.
-            tuple(range(0, len(nodes) * share.per_node, devices)) if shared else tuple(range(len(nodes) * workers)),
-            self.groups[index],
+            (tuple(range(0, share.per_node, devices)) if shared else tuple(range(workers))) * len(nodes),
             lambda timeout: self._renew(index, role, timeout),
         )
 
@@ -239,10 +253,11 @@ class Placement:
 
     def close(self) -> None:
         """Give the devices back; harmless when done before."""
-        for index, group in enumerate(self.groups):
-            self.groups[index] = None
-            if group is not None and ray.is_initialized():
-                remove_placement_group(group)
+        for groups in self.groups:
+            for place, group in enumerate(groups):
+                groups[place] = None
+                if group is not None and ray.is_initialized():
+                    remove_placement_group(group)
 
     def __enter__(self) -> Placement:
         return self
@@ -252,65 +267,92 @@ class Placement:
     ) -> None:
         self.close()
 
-    def _reserve(self, index: int, timeout: float) -> None:
-        share, nodes = self.shares[index], self.nodes[index]
+    def _reserve(self, index: int, place: int, timeout: float) -> None:
+        share, node = self.shares[index], self.nodes[index][place]
         size = 1 if len(share.roles) > 1 else max(devices_per_worker(self.recipe, role) for role in share.roles)
-        homes = [node for node in nodes for _ in range(share.per_node // size)]
-        self.groups[index] = group = placement_group(
-            [{self.resource: size}] * len(homes),
+        count = share.per_node // size
+        self.groups[index][place] = group = placement_group(
+            [{self.resource: size}] * count,
             name=f"{'-'.join(share.roles)}-{uuid.uuid4().hex[:8]}",  # another run may have such a role too
-            bundle_label_selector=[{_NODE_ID: node.id} for node in homes],
+            bundle_label_selector=[{_NODE_ID: node.id}] * count,
         )
         if not group.wait(timeout):
             raise UserError(
                 "cluster.num_nodes",
-                f"{share.per_node} {self.unit} of {', '.join(node.name for node in nodes)} were not free within "
-                f"{timeout:g} s: another job holds them",
-                "See 'ray status', and end the other job or leave these nodes out",
+                f"{share.per_node} {self.unit} of {node.name} were not free within {timeout:g} s: another job holds "
+                "them",
+                "See 'ray status', and end the other job or leave this node out",
                 value=self.recipe.cluster.num_nodes,
             )
 
     def _renew(self, index: int, role: str, timeout: float) -> Slots:
-        deadline = time.monotonic() + timeout
+        deadline, told = time.monotonic() + timeout, False
         while True:
-            alive = {node.id: node for node in cluster_nodes(self.resource)}
-            if all(node.id in alive for node in self.nodes[index]):
-                break
-            taken = {node.id for other, nodes in enumerate(self.nodes) if other != index for node in nodes}
-            kept = [node for node in self.nodes[index] if node.id in alive]
-            spare = [node for node in alive.values() if node.id not in taken and node not in kept]
-            try:
-                # The nodes that are left come first: what they hold in memory or on disk need not move.
-                spare = [node for node in spare if node.devices >= self.shares[index].per_node]
-                missing = Share((role,), self.shares[index].nodes - len(kept), self.shares[index].per_node)
-                nodes = kept + assign([missing], spare, self.exclude, self.unit)[0]
-            except UserError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
-                continue
-            remove_placement_group(self.groups[index])
-            self.nodes[index] = nodes
-            self._reserve(index, max(deadline - time.monotonic(), 10.0))
-            break
-        return self.slots(role)
+            with self._renewing:
+                lost = self._lost(index)
+                found = self._spare(index, len(lost))
+                if len(found) == len(lost):
+                    for place, node in zip(lost, found, strict=True):
+                        logger.info(f"{role}: {node.name} takes the place of {self.nodes[index][place].name}")
+                        remove_placement_group(self.groups[index][place])
+                        self.nodes[index][place] = node
+                        self._reserve(index, place, max(deadline - time.monotonic(), 10.0))
+                    return self.slots(role)
+            names = ", ".join(self.nodes[index][place].name for place in lost)
+            if not told:
+                logger.warning(f"{role}: {names} is gone; waiting up to {timeout:g} s for a node to take its place")
+                told = True
+            if time.monotonic() > deadline:
+                has = ", ".join(f"{one.name} ({one.devices})" for one in cluster_nodes(self.resource)) or "no node"
+                raise UserError(
+                    "cluster.num_nodes",
+                    f"no node took its place within {timeout:g} s; {role} needs {self.shares[index].per_node} "
+                    f"{self.unit} for each of {names}. The Ray cluster has, with its {self.unit}: {has}",
+                    "Join a node, and give the same command again",
+                    value=self.recipe.cluster.num_nodes,
+                )
+            time.sleep(0.5)
+
+    def _lost(self, index: int) -> list[int]:
+        """Places of a share whose nodes are gone."""
+        alive = {node.id for node in cluster_nodes(self.resource)}
+        return [place for place, node in enumerate(self.nodes[index]) if node.id not in alive]
+
+    def _spare(self, index: int, count: int) -> list[Node]:
+        """Up to so many nodes that nobody has and that this share could use, in the order of their names."""
+        if self.shares[index].whole_nodes:
+            taken, needed = {node.id for nodes in self.nodes for node in nodes}, self.shares[index].per_node
+        else:  # all shares are on one node, and move to the same one
+            taken, needed = {node.id for node in self.nodes[index]}, sum(share.per_node for share in self.shares)
+        fitting = [
+            node
+            for node in cluster_nodes(self.resource)
+            if node.id not in taken and node.devices >= needed and not any(map(node.called, self.exclude))
+        ]
+        return sorted(fitting, key=lambda node: _natural(node.name))[:count]
+
+
+_WIDTH = {
+    "generation": "policy.generation.vllm_cfg.tensor_parallel_size",
+    "teacher": "teacher.dtensor_cfg.tensor_parallel_size",
+}
 
 
 def _check_workers(recipe: Recipe, share: Share) -> None:
     for role in share.roles:
         size = devices_per_worker(recipe, role)
-        key = "policy.generation.vllm_cfg.tensor_parallel_size"
+        key = _WIDTH.get(role, "")
         if share.per_node % size:
             raise UserError(
                 key,
-                f"an engine of tensor × pipeline = {size} does not fit the {share.per_node} devices of a node",
+                f"an engine of {size} devices (tensor × pipeline) does not fit the {share.per_node} devices of a node",
                 f"Use a divisor of {share.per_node}",
-                value=recipe.policy.generation.vllm_cfg.tensor_parallel_size,
+                value=size,
             )
         if size > 1 and len(share.roles) > 1 and recipe.cluster.device == "cuda":
             raise UserError(
                 key,
                 "an engine that shares its GPUs with other roles uses one GPU",
-                f"Write {key}=1, or give generation nodes of its own (distillation.resource_isolation)",
-                value=recipe.policy.generation.vllm_cfg.tensor_parallel_size,
+                f"Write {key}=1, or give {role} nodes of its own (distillation.resource_isolation)",
+                value=size,
             )

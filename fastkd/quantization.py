@@ -15,6 +15,9 @@ states hold them. The layer's weight keeps its name, so tensor-parallel styles a
 ``tensor_styles`` calls the quantiser on a rank's part of the layer. That is exact where no block of 16 inputs is cut
 (``check_shards``), because a block's scale needs the block alone and g is that of the whole tensor.
 
+Experts that lie in one tensor (``fastkd.experts``) have a g_W each, which gate and up share, and one g_x for all of a
+block: engines that run them together use one, and an expert that no token of the sample reached has it too.
+
 Rollouts without NVFP4 hardware are sampled from folded weights W̃ (``fold``).
 """
 
@@ -31,10 +34,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from fastkd import experts
 from fastkd._kernels.nvfp4 import BLOCK, global_scale
 from fastkd._kernels.nvfp4_ops import fake_quantize
 from fastkd.config import Quantization
 from fastkd.errors import UserError
+from fastkd.experts import compute_dtype, grouped_linear
 from fastkd.quantization_choice import choose, families
 from fastkd.tensor_plan import plan_strings
 
@@ -80,23 +85,21 @@ class Quantizer:
         """
         shared = self.shared
         if shared.watched is not None:
-            seen = x.detach().abs().amax().float()
-            before = shared.watched.get(self.name)
-            shared.watched[self.name] = seen if before is None else torch.maximum(before, seen)
+            _watch(shared.watched, self.name, x)
         if not shared.on:
             return F.linear(x, weight, bias)
         x = self._input(layer, x) if shared.activations else x
-        return F.linear(x, self._weight(layer, _compute_dtype(weight)), bias)
+        return F.linear(x, self._weight(layer, compute_dtype(weight)), bias)
 
     def _input(self, layer: Any, x: Tensor) -> Tensor:
         """x̃, computed and kept for backward once for the layers that read x."""
         alone = len(self.family) == 1 or torch.compiler.is_compiling()
         if alone:
-            return fake_quantize(_compute_dtype(x), layer.input_scale)
+            return fake_quantize(compute_dtype(x), layer.input_scale)
         inputs, key = self.shared.inputs, self.family[0]
         seen, quantized, left = inputs.get(key, (None, x, 0))
         if seen is not x:
-            quantized, left = fake_quantize(_compute_dtype(x), layer.input_scale), len(self.family)
+            quantized, left = fake_quantize(compute_dtype(x), layer.input_scale), len(self.family)
         inputs[key] = (x, quantized, left - 1)
         if left == 1:
             del inputs[key]
@@ -111,10 +114,51 @@ class Quantizer:
         return kept[self.name]
 
 
-def _compute_dtype(x: Tensor) -> Tensor:
-    """Autocast comes first: what the product is computed with is quantised."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+class FusedQuantizer(nn.Module):
+    """Of one tensor that holds the experts of a block: multiplies rows with NVFP4 values.
+
+    Args:
+        name: of the tensor.
+        shared: of its model.
+    """
+
+    weight_scale_2: Tensor
+    """[E] float32."""
+    input_scale: Tensor
+
+    def __init__(self, name: str, shared: Quantizers):
+        super().__init__()
+        self.name, self.shared = name, shared
+
+    def forward(self, x: Tensor, weight: Tensor, sizes: Any, first: int = 0) -> Tensor:
+        """``experts.grouped_linear`` of quantised values.
+
+        Args:
+            x: [M, inputs], sorted by expert.
+            weight: [L, outputs, inputs].
+            sizes: rows of each.
+            first: number of the first of the L experts.
+        """
+        shared = self.shared
+        if shared.watched is not None and x.numel():
+            _watch(shared.watched, self.name, x)
+        if not shared.on:
+            return grouped_linear(x, weight, sizes)
+        if shared.activations:
+            x = fake_quantize(compute_dtype(x), self.input_scale)
+        scales = self.weight_scale_2[first : first + weight.shape[0]]
+        kept = shared.kept
+        if kept is None:
+            return grouped_linear(x, fake_quantize(compute_dtype(weight), scales), sizes)
+        if self.name not in kept:
+            kept[self.name] = fake_quantize(compute_dtype(weight), scales)
+        return grouped_linear(x, kept[self.name], sizes)
+
+
+def _watch(watched: dict[str, Tensor], name: str, x: Tensor) -> None:
+    seen = x.detach().abs().amax().float()
+    before = watched.get(name)
+    watched[name] = seen if before is None else torch.maximum(before, seen)
 
 
 class QuantizedLinear(nn.Linear):
@@ -135,6 +179,8 @@ class QuantizedLinear(nn.Linear):
 def apply(causal_lm: Any, config: Quantization, dtype: torch.dtype) -> list[str]:
     """Give the chosen layers of ``causal_lm`` quantisers, in place, not in use yet. Call it before ``parallel.shard``.
 
+    Experts in one tensor count as one layer.
+
     Scales of a materialised model are set. On meta, call :func:`initialise` once there are values.
 
     Args:
@@ -152,15 +198,28 @@ def apply(causal_lm: Any, config: Quantization, dtype: torch.dtype) -> list[str]
     shared = Quantizers(config, dtype)
     family_of = {name: family for family in families(names) for name in family}
     for name in names:
-        layer = causal_lm.get_submodule(name)
-        for scale in (WEIGHT_SCALE, INPUT_SCALE)[: 2 if config.activations else 1]:
-            layer.register_buffer(scale, torch.full((), torch.nan, device=layer.weight.device))
+        layer: Any = causal_lm.get_submodule(name)
+        if hasattr(layer, experts.FUSED[0]):
+            experts.adopt(causal_lm)
+            layer.quantizers = nn.ModuleDict()
+            for own in experts.FUSED:
+                layer.quantizers[own] = fused = FusedQuantizer(f"{name}.{own}", shared)
+                weight = layer.get_parameter(own)
+                _register(fused, (weight.shape[0],), config, weight.device)
+            continue
+        _register(layer, (), config, layer.weight.device)
         layer.quantizer = Quantizer(name, shared, family_of[name])
         layer.__class__ = QuantizedLinear
     causal_lm.fastkd_quantizers = shared
     if not any(parameter.is_meta for parameter in causal_lm.parameters()):
         initialise(causal_lm)
     return names
+
+
+def _register(layer: nn.Module, weights: tuple[int, ...], config: Quantization, device: torch.device) -> None:
+    layer.register_buffer(WEIGHT_SCALE, torch.full(weights, torch.nan, device=device))
+    if config.activations:
+        layer.register_buffer(INPUT_SCALE, torch.full((), torch.nan, device=device))
 
 
 def check_shards(causal_lm: Any, tp: int, key: str) -> None:
@@ -197,12 +256,12 @@ def initialise(causal_lm: Any) -> None:
     Without quantised activations the layers quantise from here on.
     """
     shared = quantizers_of(causal_lm)
-    layers = dict(quantized_layers(causal_lm))
-    amax = {name: _amax(_local(layer.weight)) for name, layer in layers.items()}
+    tensors = quantized_tensors(causal_lm)
+    amax = {name: _amax(causal_lm.get_parameter(name)) for name in tensors}
     device = _reduction_device(causal_lm, amax)
     # Rounded as the weights will be: rounding keeps their order, so this is the largest of the rounded ones.
     largest = {name: value.to(shared.dtype).float() for name, value in _everywhere(causal_lm, amax, device).items()}
-    _set(causal_lm, layers, WEIGHT_SCALE, largest)
+    _set(causal_lm, tensors, WEIGHT_SCALE, largest)
     shared.on = not shared.config.activations
 
 
@@ -218,27 +277,37 @@ def calibrating(causal_lm: Any) -> Iterator[None]:
         with torch.no_grad():
             yield
         seen, shared.watched = shared.watched, None
-        layers = dict(quantized_layers(causal_lm))
+        tensors = quantized_tensors(causal_lm)
         device = _reduction_device(causal_lm, seen)
         # A layer that no token reached on this rank: the other ranks know, or nobody.
-        amax = {name: seen.get(name, torch.zeros((), device=device)) for name in layers}
+        nothing = torch.zeros((), device=device)
+        amax = {name: seen.get(name.removesuffix(".weight"), nothing) for name in tensors}
         if shared.config.activations:
-            _set(causal_lm, layers, INPUT_SCALE, _everywhere(causal_lm, amax, device))
+            _set(causal_lm, tensors, INPUT_SCALE, _everywhere(causal_lm, amax, device))
         before = True
     finally:
         shared.on, shared.watched = before, None
 
 
-def _set(causal_lm: Any, layers: dict[str, Any], scale: str, amax: dict[str, Tensor]) -> None:
-    for family in families(layers):
-        largest = torch.stack([amax[name] for name in family]).max()
-        for name in family:
+def _set(causal_lm: Any, tensors: dict[str, Any], scale: str, amax: dict[str, Tensor]) -> None:
+    for family in families(name.removesuffix(".weight") for name in tensors):
+        members = [name if name in tensors else f"{name}.weight" for name in family]
+        largest = torch.stack([amax[name] for name in members]).amax(0)
+        for name in members:
             # Where the layer computes: `to_empty` may have put the buffer into host memory.
-            setattr(layers[name], scale, global_scale(largest).to(_device(causal_lm, layers[name])))
+            device = _device(causal_lm, causal_lm.get_parameter(name))
+            setattr(tensors[name], scale, global_scale(largest).to(device))
 
 
-def _amax(local: Tensor) -> Tensor:
-    return local.abs().amax().float() if local.numel() else local.new_zeros((), dtype=torch.float32)
+def _amax(weight: Tensor) -> Tensor:
+    """The largest value of this rank's part: a scalar, or [E] with zeros for experts that lie elsewhere."""
+    local, exact = _local(weight).detach(), torch.float32
+    if weight.dim() < 3:
+        return local.abs().amax().float() if local.numel() else local.new_zeros((), dtype=exact)
+    found = local.new_zeros(weight.shape[0], dtype=exact)
+    if local.numel():
+        found[experts.held(weight)] = local.abs().amax((1, 2)).float()
+    return found
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -250,10 +319,10 @@ def _mesh(causal_lm: Any) -> DeviceMesh | None:
     return None if layout is None else layout.mesh
 
 
-def _device(causal_lm: Any, layer: Any) -> torch.device:
+def _device(causal_lm: Any, weight: Tensor) -> torch.device:
     mesh = _mesh(causal_lm)
     if mesh is None or mesh.device_type == "cpu":
-        return layer.weight.device
+        return weight.device
     return torch.device(mesh.device_type, torch.cuda.current_device())
 
 
@@ -266,11 +335,12 @@ def _reduction_device(causal_lm: Any, values: dict[str, Tensor]) -> torch.device
 
 def _everywhere(causal_lm: Any, amax: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The largest over all ranks: one exchange for all layers."""
-    values = torch.stack([value.to(device) for value in amax.values()])
+    values = torch.cat([value.to(device).reshape(-1) for value in amax.values()])
     mesh = _mesh(causal_lm)
     for name in () if mesh is None else mesh.mesh_dim_names or ():
         dist.all_reduce(values, dist.ReduceOp.MAX, group=mesh[name].get_group())  # pyright: ignore[reportOptionalSubscript]
-    return dict(zip(amax, values, strict=True))
+    parts = values.split([value.numel() for value in amax.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(amax.items(), parts, strict=True)}
 
 
 # ---------------------------------------------------------------- using them
@@ -287,10 +357,21 @@ def quantizers_of(causal_lm: Any) -> Quantizers:
 
 
 def quantized_layers(causal_lm: Any) -> Iterator[tuple[str, Any]]:
-    """(name, layer) of every layer with a quantiser, sharded or not."""
+    """(name, layer) of every linear layer with a quantiser, sharded or not."""
     for name, module in causal_lm.named_modules():
         if isinstance(module, QuantizedLinear):
             yield name, module
+
+
+def quantized_tensors(causal_lm: Any) -> dict[str, Any]:
+    """Name of every quantised weight → what holds its scales: a layer, or the quantiser of experts in one tensor."""
+    found: dict[str, Any] = {}
+    for name, module in causal_lm.named_modules():
+        if isinstance(module, QuantizedLinear):
+            found[f"{name}.weight"] = module
+        elif isinstance(module, FusedQuantizer):
+            found[module.name] = module
+    return found
 
 
 def is_scale(name: str) -> bool:
@@ -345,10 +426,18 @@ def weights_alone(causal_lm: Any) -> Iterator[None]:
         shared.activations = before
 
 
-def fold(causal_lm: Any, layer: Any, weight: Tensor) -> Tensor:
-    """W̃ of a layer's weight or of a rank's part of it, in ``weight``'s dtype; as it is while layers do not quantise."""
+def fold(causal_lm: Any, layer: Any, weight: Tensor, held: slice = slice(None)) -> Tensor:
+    """W̃ of a layer's weight or of a rank's part of it, in ``weight``'s dtype; as it is while layers do not quantise.
+
+    Args:
+        causal_lm: the model.
+        layer: holds the scales (``quantized_tensors``).
+        weight: all of it, or a part.
+        held: which experts the part is of.
+    """
     shared = quantizers_of(causal_lm)
     if not shared.on:
         return weight
     scale = layer.weight_scale_2.to(weight.device)
-    return fake_quantize(weight.detach().to(shared.dtype), scale).to(weight.dtype)
+    scale = scale[held] if scale.dim() else scale
+    return weight if not weight.numel() else fake_quantize(weight.detach().to(shared.dtype), scale).to(weight.dtype)

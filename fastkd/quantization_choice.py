@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from fastkd import expert_names
 from fastkd._kernels.nvfp4 import BLOCK
 from fastkd.config import Quantization
 from fastkd.errors import ModelError
+from fastkd.experts import FUSED, is_plain
 from fastkd.module_names import matches
 
 KEY = "policy.quant_cfg"
@@ -27,7 +29,7 @@ FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3
 
 
 def choose(causal_lm: Any, config: Quantization) -> list[str]:
-    """Names of the layers to quantise, in the model's order.
+    """Names of the layers to quantise, in the model's order; of experts in one tensor the module that holds it.
 
     Raises:
         ModelError: with the linear layers there are.
@@ -35,6 +37,7 @@ def choose(causal_lm: Any, config: Quantization) -> list[str]:
     trunk, head = causal_lm.base_model, causal_lm.get_output_embeddings()
     inside = {id(module) for module in trunk.modules()}
     modules = {name: module for name, module in causal_lm.named_modules() if name}
+    fused = expert_names.pieces(causal_lm)
     for pattern in config.exclude_modules:
         if not any(matches(pattern, name) for name in modules):
             kinds = ", ".join(dict.fromkeys(_leaf(n) for n, m in modules.items() if isinstance(m, nn.Linear)))
@@ -44,10 +47,13 @@ def choose(causal_lm: Any, config: Quantization) -> list[str]:
     for name, module in modules.items():
         if id(module) not in inside or module is head or not _taken(name, config):
             continue
-        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
+        if f"{name}.{FUSED[0]}" in fused and is_plain(module):
+            _check_experts(name, module, config)
+            names.append(name)
+        elif any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
             raise ModelError(
                 KEY,
-                f"{name} holds its experts in one tensor, and only linear layers are quantised",
+                f"{name} holds its experts in one tensor of a layout that is not quantised",
                 f"Write {EXCLUDE}=[{_leaf(name)}] to leave them as they are",
                 value=config.preset,
             )
@@ -118,6 +124,14 @@ def _check(name: str, layer: nn.Linear, config: Quantization) -> None:
     if layer.in_features % BLOCK:
         rule = f"{name} has {layer.in_features} inputs, no multiple of NVFP4's block of {BLOCK}"
         raise ModelError(KEY, rule, f"Add {_leaf(name)} to {EXCLUDE}", value=config.preset)
+
+
+def _check_experts(name: str, module: Any, config: Quantization) -> None:
+    for own in FUSED:
+        inputs = module.get_parameter(own).shape[-1]
+        if inputs % BLOCK:
+            rule = f"{name}.{own} has {inputs} inputs, no multiple of NVFP4's block of {BLOCK}"
+            raise ModelError(KEY, rule, f"Add {_leaf(name)} to {EXCLUDE}", value=config.preset)
 
 
 def _leaf(name: str) -> str:

@@ -3,10 +3,13 @@
 A group is one thing (SPMD): every rank is given the same call, and when one fails the call fails. Ranks that wait in a
 collective for the lost one are not waited for; ``restart`` ends them and builds the group anew. Workers without a group
 (generation engines) fail and restart one by one.
+
+Threads may share a pool: calls reach all ranks in one order, and wait while workers are replaced.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +20,14 @@ from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import ray  # pyright: ignore[reportMissingImports]
-from ray.exceptions import RayActorError, RayError  # pyright: ignore[reportMissingImports]
+from ray.exceptions import (  # pyright: ignore[reportMissingImports]
+    ActorPlacementGroupRemoved,
+    ActorUnschedulableError,
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # pyright: ignore[reportMissingImports]
 
 from fastkd import health
@@ -34,6 +44,10 @@ P = ParamSpec("P")
 
 # After the first failure: time for the others to report theirs, so that the cause is told from what follows from it.
 _SETTLE_SECONDS = 2.0
+# How often whoever waits looks whether the nodes are there: an actor that was to start on a lost one is never heard of.
+_LOOK_SECONDS = 5.0
+# What tells of a death: the actor's own, a large result lost with its node, and a node that was lost before it started.
+_DEATHS = (RayActorError, ObjectLostError, GetTimeoutError, ActorPlacementGroupRemoved, ActorUnschedulableError)
 _NAMESPACE = f"fastkd-{uuid.uuid4().hex[:12]}"
 
 
@@ -47,6 +61,8 @@ class Options:
     """What the health checks ask for."""
     threads: int | None = None
     """CPU threads of a worker; None leaves it to torch."""
+    at_once: int = 1
+    """Calls that a worker takes at a time, each in a thread of its own: it has to be made for that."""
     collective_timeout: timedelta = timedelta(minutes=30)
     """Of every collective; one rank may load or save while the others wait."""
     grace_seconds: float = 10.0
@@ -67,7 +83,7 @@ class Pending(Generic[R]):
     def done(self) -> bool:
         """Whether ``result`` returns, or raises, at once."""
         ready, waiting = ray.wait(list(self._references), num_returns=len(self._references), timeout=0)
-        return not waiting or any(self._pool.failed(reference) for reference in ready)
+        return not waiting or any(self._pool.failed(one, self._references[one]) for one in ready)
 
     def result(self) -> R:
         """Wait for it. Raises like ``RayPool.run``."""
@@ -105,8 +121,15 @@ class RayPool(Generic[W]):
         self.gib: dict[int, float] = {}
         """The most memory in use after a call, by rank, since somebody last emptied it."""
         self._call, self._actors = (build, args, kwargs), dict[int, Any]()
-        self._names: dict[Any, str] = {}
-        """Calls under way."""
+        self._homes: dict[int, Any] = {}
+        """The placement group of each actor."""
+        self._lives: dict[int, int] = {}
+        """Processes that a rank has had."""
+        self._calls: dict[Any, tuple[str, int]] = {}
+        """Calls under way: their names and the lives of who does them."""
+        self._death: WorkerDied | None = None
+        """Why the group must be restarted, if that is a death."""
+        self._one_at_a_time = threading.RLock()
         try:
             self._start(range(len(slots)))
         except BaseException:
@@ -160,16 +183,20 @@ class RayPool(Generic[W]):
     def _send(
         self, call: tuple, *, answer: Any, ranks: Any = None, own: Sequence[tuple] | None = None, keep: bool = False
     ) -> dict[Any, int]:
-        if self.broken or not self._actors:
-            raise RuntimeError(f"the {self.role} pool cannot work: {self.broken or 'closed'}. Call restart() first")
-        chosen = self._actors if ranks is None else {rank: self._actors[rank] for rank in ranks}
-        shared = ray.put(call) if len(chosen) > 1 else call  # written once, however many ranks read it
-        references = {
-            actor.run.remote(shared, own[rank] if own else (), rank in answer, keep): rank
-            for rank, actor in chosen.items()
-        }
-        self._names.update(dict.fromkeys(references, call[0].__name__))
-        return references
+        with self._one_at_a_time:
+            if self._death is not None:
+                raise self._death  # another thread met it first
+            if self.broken or not self._actors:
+                raise RuntimeError(f"the {self.role} pool cannot work: {self.broken or 'closed'}. Call restart() first")
+            chosen = self._actors if ranks is None else {rank: self._actors[rank] for rank in ranks}
+            shared = ray.put(call) if len(chosen) > 1 else call  # written once, however many ranks read it
+            references = {
+                actor.run.remote(shared, own[rank] if own else (), rank in answer, keep): rank
+                for rank, actor in chosen.items()
+            }
+            for reference, rank in references.items():
+                self._calls[reference] = call[0].__name__, self._lives[rank]
+            return references
 
     # --- failures -----------------------------------------------------------------------------------------------
 
@@ -178,13 +205,17 @@ class RayPool(Generic[W]):
         waiting, results, failures = dict(references), dict[int, Any](), dict[int, Failure]()
         deadline: float | None = None
         while waiting:
-            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            left = _LOOK_SECONDS if deadline is None else max(deadline - time.monotonic(), 0.0)
             ready, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
             if not ready:
-                break
+                if deadline is not None:
+                    break
+                ready = self._on_lost_nodes(waiting)
+                if not ready:
+                    continue
             rank = waiting.pop(ready[0])
             found = self._outcome(ready[0], rank)
-            name = self._names.pop(ready[0], "")
+            name, _ = self._calls.pop(ready[0], ("", 0))
             if not isinstance(found, Failure):
                 if isinstance(found, Timed):
                     self.work.append(Work(self.role, rank, name, found.began, found.ended))
@@ -201,18 +232,29 @@ class RayPool(Generic[W]):
             self._raise(failures, list(waiting.values()))
         return results
 
-    def failed(self, reference: Any) -> bool:
+    def failed(self, reference: Any, rank: int) -> bool:
         """Whether a call that has ended failed."""
-        return isinstance(self._outcome(reference, 0), Failure)
+        return isinstance(self._outcome(reference, rank), Failure)
 
     def _outcome(self, reference: Any, rank: int) -> Any:
         try:
-            return ray.get(reference)
-        except RayActorError as error:
-            return Failure(WorkerDied(self.role, rank, self._node(rank), self._epitaph(rank, error)), 0.0)
+            while True:
+                try:
+                    return ray.get(reference, timeout=_LOOK_SECONDS)
+                except GetTimeoutError:
+                    if not self._nodes_alive((rank,)):
+                        raise
+        except _DEATHS as error:
+            death = WorkerDied(self.role, rank, self._node(rank), self._epitaph(rank, error))
+            _, death.life = self._calls.get(reference, ("", self._lives[rank]))
+            return Failure(death, 0.0)
         except RayError as error:  # arguments or a result that cannot be pickled
             what = f"{type(error).__name__}: {reason(error)}"
             return Failure(WorkerFailed(self.role, rank, self._node(rank), what, str(error).rstrip()), time.time())
+
+    def _on_lost_nodes(self, waiting: Mapping[Any, int]) -> list[Any]:
+        """The first of these calls whose node is gone."""
+        return [reference for reference, rank in waiting.items() if not self._nodes_alive((rank,))][:1]
 
     def _node(self, rank: int) -> str:
         return self.slots.nodes[rank].name
@@ -226,11 +268,11 @@ class RayPool(Generic[W]):
         """Ray's handles of the actors, for workers of another role that call them."""
         return [self._actors[rank] for rank in sorted(self._actors)]
 
-    def has_node(self, rank: int) -> bool:
-        """Whether a worker's node is still there."""
-        return self._nodes_alive((rank,))
+    def replaced(self, death: WorkerDied) -> bool:
+        """Whether who died has a successor already."""
+        return self._lives[death.rank] > death.life
 
-    def _epitaph(self, rank: int, error: RayActorError) -> str:
+    def _epitaph(self, rank: int, error: RayError) -> str:
         if not self._nodes_alive((rank,)):
             return "the node is gone"
         told = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -242,6 +284,7 @@ class RayPool(Generic[W]):
         cause = min(failures.values(), key=lambda one: (one.when > 0, not _own(one), one.when))
         if self.options.group and (dead or waiting or not _own(cause)):
             self.broken = f"{cause.error}"
+            self._death = cause.error if isinstance(cause.error, WorkerDied) else None
         others = len(failures) - 1 + len(waiting)
         if others and not _own(cause):
             cause.error.add_note(f"({others} other {self.role} worker(s) failed or stopped with it)")
@@ -250,32 +293,41 @@ class RayPool(Generic[W]):
 
     # --- life ---------------------------------------------------------------------------------------------------
 
-    def restart(self, rank: int | None = None, *, timeout: float = 120.0) -> None:
+    def restart(self, rank: int | None = None, *, timeout: float = 120.0) -> list[int]:
         """End the workers and build them again, on other nodes where theirs are gone.
 
         Args:
-            rank: only this one; for workers without a group, whose node is still there.
+            rank: only this one, and those whose nodes are gone too; for workers without a group.
             timeout: seconds to wait for a node to take the place of one that is gone.
+
+        Returns:
+            The ranks that are new.
+
+        Raises:
+            UserError: no node took the place of one that is gone.
         """
         if rank is not None and self.options.group:
             raise ValueError(f"restart: rank {rank} of the {self.role} group cannot start alone")
-        ranks = range(len(self.slots)) if rank is None else (rank,)
-        deadline = time.monotonic() + timeout
-        while True:
-            self._end(ranks)
-            if rank is None:
-                self.slots = self.slots.renew(max(deadline - time.monotonic(), 0.0))
-            self.broken = ""
-            try:
-                return self._start(ranks)
-            except WorkerDied:
+        with self._one_at_a_time:
+            while True:
+                ranks = list(range(len(self.slots))) if rank is None else [rank]
                 self._end(ranks)
-                # Ray learns that a node is gone some seconds after its processes ended.
-                if rank is not None or self._nodes_alive() or time.monotonic() > deadline:
+                self.slots = self.slots.renew(timeout)
+                moved = {one for one, group in enumerate(self.slots.groups) if self._homes.get(one) is not group}
+                ranks = sorted({*ranks, *moved})
+                self._end(ranks)
+                self.broken, self._death = "", None
+                try:
+                    self._start(ranks)
+                    return ranks
+                except WorkerDied:
+                    self._end(ranks)
+                    # Ray learns that a node is gone some seconds after its processes ended.
+                    if self._nodes_alive():
+                        raise
+                except BaseException:
+                    self._end(ranks)
                     raise
-            except BaseException:
-                self._end(ranks)
-                raise
 
     def close(self, *, at_once: bool = False) -> None:
         """End all workers; harmless when done before. ``at_once``: without their own ``close``."""
@@ -305,6 +357,8 @@ class RayPool(Generic[W]):
 
     def _start(self, ranks: Sequence[int]) -> None:
         for rank in ranks:
+            self._homes[rank] = self.slots.groups[rank]
+            self._lives[rank] = self._lives.get(rank, 0) + 1
             self._actors[rank] = self._actor(rank)
         options = self.options
         reports = self._ask(ranks, lambda actor, rank: actor.examine.remote(options.limits))
@@ -342,9 +396,10 @@ class RayPool(Generic[W]):
             name=_free_name(f"{self.role}-{rank}"),
             namespace=_NAMESPACE,
             num_cpus=0,
+            max_concurrency=options.at_once,
             max_restarts=0,  # a rank alone cannot rejoin its group: restart() is ours
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                slots.group, placement_group_bundle_index=slots.bundles[rank]
+                slots.groups[rank], placement_group_bundle_index=slots.bundles[rank]
             ),
             runtime_env={"env_vars": variables} if variables else None,
             **amount,

@@ -9,9 +9,11 @@ sampled again; a teacher scores again; a training group is left to the runner, w
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from ray.exceptions import ObjectLostError, RayActorError  # pyright: ignore[rep
 
 from fastkd import cluster_workers as work
 from fastkd import engine_actors
-from fastkd.actors import WorkerDied, WorkerFailed
+from fastkd.actors import NodeLost, WorkerDied, WorkerFailed
 from fastkd.batch import Prompt, Rollout
 from fastkd.checkpoint import Workers
 from fastkd.collect import Collection
 from fastkd.driver import Inputs
+from fastkd.errors import UserError
 from fastkd.health import Limits
 from fastkd.log import bars, logger
 from fastkd.metrics import Metrics
@@ -39,6 +42,8 @@ from fastkd.timeline import Work
 
 _LOST: tuple[type[BaseException], ...] = (ObjectLostError, RayActorError)
 """What fetching an object raises whose maker is gone."""
+NODE_SECONDS = 120.0
+"""How long a role waits for a node to take the place of one that is gone."""
 
 
 class RayRoles:
@@ -58,6 +63,10 @@ class RayRoles:
         """Optimizer steps that the student had taken at the last sync."""
         self.published: tuple[Refs, int] | None = None
         """The newest weights that generation was given, and their version."""
+        self.giving: list[Pending[bool]] = []
+        """Engines about to take weights that are not waited for."""
+        self._mending = threading.RLock()
+        """Whoever replaces workers, or gives weights to engines; one thread collects ahead while another trains."""
         self.workers = Workers(
             save=lambda path, asynchronous: self.student.run(Student.save, path, asynchronous),
             saved=lambda wait: self.student.run(Student.saved, wait),
@@ -73,11 +82,7 @@ class RayRoles:
         self.student: RayPool[Any] = self._pool(
             "training", group, work.learner, recipe, inputs.student_vocab, inputs.teacher_vocab
         )
-        self.teacher: RayPool[Any] = (
-            self.student
-            if self.teacher_shares
-            else self._pool("teacher", group, work.scorer, recipe, inputs.teacher_vocab)
-        )
+        self.teacher: RayPool[Any] = self.student if self.teacher_shares else self._teacher_pool(group, alone)
         self.engines: RayPool[Any] = self._engine_pool(alone)
 
     @classmethod
@@ -107,10 +112,19 @@ class RayRoles:
         pool = self.pools[role] = RayPool(self.placement.slots(role), options, build, *args)
         return pool
 
+    def _teacher_pool(self, group: Options, alone: Options) -> RayPool[Any]:
+        recipe, vocab = self.recipe, self.inputs.teacher_vocab
+        if recipe.teacher.backend == "vllm":
+            count = len(self.placement.slots("teacher"))
+            return self._pool("teacher", alone, engine_actors.build_scorer, recipe, vocab, count)
+        return self._pool("teacher", group, work.scorer, recipe, vocab)
+
     def _engine_pool(self, options: Options) -> RayPool[Any]:
         recipe, inputs = self.recipe, self.inputs
         if self.by_vllm:
             eos = inputs.tokenizer.eos_token_id
+            # Weights come while it samples.
+            options = replace(options, at_once=engine_actors.CALLS_AT_ONCE)
             return self._pool("generation", options, engine_actors.build_engine, recipe, eos, inputs.student_vocab)
         return self._pool("generation", options, work.generator, recipe, inputs.tokenizer, inputs.student_vocab)
 
@@ -127,7 +141,7 @@ class RayRoles:
         collection = Collection(
             prompts,
             request.generations,
-            self._batch(request),
+            self._batch(request, len(prompts)),
             _Engines(self, request),
             _Teacher(self),
             lambda rollouts: self.inputs.readings(rollouts).teacher,
@@ -141,7 +155,7 @@ class RayRoles:
 
     def sample(self, prompts: Sequence[Prompt], request: Request, batch_size: int | None = None) -> list[Rollout]:
         """``Generation.sample`` over all engines."""
-        size = self._batch(request, batch_size)
+        size = self._batch(request, len(prompts), batch_size)
         engines = _Engines(self, request)
         return Collection(prompts, request.generations, size, engines, None, list, bars.advance).sample()
 
@@ -165,9 +179,10 @@ class RayRoles:
                 found[index] = rollout
         return found
 
-    def _batch(self, request: Request, batch_size: int | None = None) -> int:
-        """Prompts that an engine is given at a time."""
-        return max(1, (batch_size or self.recipe.policy.generation_batch_size) // request.generations)
+    def _batch(self, request: Request, prompts: int, batch_size: int | None = None) -> int:
+        """Prompts that an engine is given at a time: at most its share, or some engines would have none."""
+        most = max(1, (batch_size or self.recipe.policy.generation_batch_size) // request.generations)
+        return max(1, min(most, -(-prompts // len(self.engines))))
 
     def score(self, rollouts: Sequence[Rollout]) -> Refs:
         """``Teacher.score``; the rows stay with the teacher."""
@@ -175,11 +190,15 @@ class RayRoles:
             try:
                 return self.submit_score(rollouts).result()
             except WorkerDied as error:
-                self._teacher_lost(error)
+                self.teacher_lost(error)
 
     def submit_score(self, rollouts: Sequence[Rollout]) -> Pending[Refs]:
         """``score``, without waiting and without a second try."""
-        method: Any = work.score_lent if self.teacher_shares else Teacher.score
+        method: Any = Teacher.score
+        if self.teacher_shares:
+            method = work.score_lent
+        elif self.recipe.teacher.backend == "vllm":
+            method = engine_actors.Scorer.score
         return self.teacher.submit_keep(method, rollouts)
 
     # --- training -----------------------------------------------------------------------------------------------
@@ -211,31 +230,49 @@ class RayRoles:
         return self._push() if self.by_vllm else self._publish()
 
     def _publish(self) -> Metrics:
-        version = self.version
-        if self.published is None or self.published[1] != version:
-            self.published = (self.student.keep(work.publish), version)
-        weights = self.published
-        calls = {rank: self.engines.submit_to(rank, work.receive, *weights) for rank in range(len(self.engines))}
-        for rank, call in calls.items():
+        with self._mending:
+            while True:
+                if self.published is None or self.published[1] != self.version:
+                    self.published = (self.student.keep(work.publish), self.version)
+                if self._give(range(len(self.engines))):
+                    return {"sync/megabytes": self.published[0].nbytes / 1e6}
+                self.published = None
+
+    def _give(self, ranks: Iterable[int]) -> bool:
+        """These engines take the newest weights; False when those are lost, without the training group being so.
+
+        Engines that sample ahead are not waited for: they take them after the batch they are at, before the next one.
+        What became of it is heard at the next sync.
+        """
+        assert self.published is not None
+        calls = [self.engines.submit_to(rank, work.receive, *self.published, _LOST) for rank in ranks]
+        if self.recipe.distillation.max_off_policy_steps:
+            calls, self.giving = self.giving, calls
+        whole = True
+        for call in calls:
             try:
-                call.result()
+                whole &= call.result()
             except WorkerDied as error:
-                self.engine_lost(rank, error)
-        return {"sync/megabytes": weights[0].nbytes / 1e6}
+                self.engine_lost(error)
+        if not whole:
+            self.student.run(work.alive)
+        return whole
 
     def _push(self) -> Metrics:
         """Through vLLM's weight transfer, and probed. A lost engine breaks the connection of all."""
-        while True:
-            failure = "" if self.connected else self._connect()
-            if not failure:
-                found, failure = self.student.run(engine_actors.push)
+        with self._mending:
+            while True:
+                failure = "" if self.connected else self._connect()
                 if not failure:
-                    return found
-            self.connected = False
-            dead = [error for error in map(self._death_of, range(len(self.engines))) if error is not None]
-            if not dead:
-                raise WorkerFailed("generation", 0, self.engines.slots.nodes[0].name, failure)
-            self._replace_engine(dead[0].rank, dead[0])
+                    found, failure = self.student.run(engine_actors.push)
+                    if not failure:
+                        return found
+                self.connected = False
+                dead = [error for error in map(self._death_of, range(len(self.engines))) if error is not None]
+                if not dead:
+                    raise WorkerFailed("generation", 0, self.engines.slots.nodes[0].name, failure)
+                for error in dead:
+                    self._replace_engine(error)
 
     def _connect(self) -> str:
         inputs = self.inputs
@@ -283,41 +320,45 @@ class RayRoles:
         """A training group that lost a rank is built anew; anything else is raised."""
         if not isinstance(error, WorkerDied) or error.role != "training":
             raise error
-        self._count("training", error)
-        self.published, self.connected = None, False  # both were the group's
-        self.student.restart()
+        with self._mending:
+            self.published, self.connected = None, False  # both were the group's
+            if not self.student.replaced(error):
+                self._restart(self.student, error)
 
-    def engine_lost(self, rank: int, error: WorkerDied) -> None:
-        """Replace an engine, or all if its node is gone; they get the newest weights."""
-        while True:
-            ranks = self._replace_engine(rank, error)
-            try:
-                if self.by_vllm:
-                    self._push()
-                elif self.published is not None:
-                    for one in ranks:
-                        self.engines.submit_to(one, work.receive, *self.published).result()
-                return
-            except WorkerDied as again:
-                if again.role != "generation":
-                    raise
-                rank, error = again.rank, again
+    def engine_lost(self, error: WorkerDied) -> None:
+        """Replace an engine, and those that went with its node; they get the newest weights."""
+        with self._mending:
+            ranks = self._replace_engine(error)
+            if ranks and self.by_vllm:
+                self._push()
+            elif ranks and self.published is not None and not self._give(ranks):
+                self._publish()
 
-    def _replace_engine(self, rank: int, error: WorkerDied) -> list[int]:
-        """The ranks that were built anew."""
-        self._count("generation", error)
+    def _replace_engine(self, error: WorkerDied) -> list[int]:
+        """The ranks that were built anew; none when that was done for another call."""
+        if self.engines.replaced(error):
+            return []
         self.connected = False
-        if self.engines.has_node(rank):
-            self.engines.restart(rank)
-            return [rank]
-        self.engines.restart()
-        return list(range(len(self.engines)))
+        return self._restart(self.engines, error, error.rank)
 
-    def _teacher_lost(self, error: WorkerDied) -> None:
+    def teacher_lost(self, error: WorkerDied) -> None:
+        """Replace the teacher group, unless that was done for another call."""
         if self.teacher_shares:
             raise error
-        self._count("teacher", error)
-        self.teacher.restart()
+        with self._mending:
+            if not self.teacher.replaced(error):
+                self._restart(self.teacher, error)
+
+    def _restart(self, pool: RayPool[Any], error: WorkerDied, rank: int | None = None) -> list[int]:
+        self._count(pool.role, error)
+        try:
+            return pool.restart(rank, timeout=NODE_SECONDS)
+        except UserError as none:
+            if none.key != "cluster.num_nodes":
+                raise
+            # No mistake of the user's: nothing that the recipe says has changed.
+            what = f"the node is gone, and {none.rule}. {none.remedy}"
+            raise NodeLost(error.role, error.rank, error.node, what) from None
 
     def _count(self, role: str, error: WorkerDied) -> None:
         if self.closed:  # whoever collects ahead sees its workers end with the run
@@ -342,8 +383,8 @@ class _Engines:
     def submit(self, engine: int, prompts: Sequence[Prompt]) -> Pending[list[Rollout]]:
         return self.roles.engines.submit_to(engine, work.sample, prompts, self.request, _WHOLE)
 
-    def lost(self, engine: int, error: WorkerDied) -> None:
-        self.roles.engine_lost(engine, error)
+    def lost(self, error: WorkerDied) -> None:
+        self.roles.engine_lost(error)
 
 
 _WHOLE = 1 << 30
@@ -360,4 +401,4 @@ class _Teacher:
         return self.roles.submit_score(rollouts)
 
     def lost(self, error: WorkerDied) -> None:
-        self.roles._teacher_lost(error)
+        self.roles.teacher_lost(error)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastkd.run RECIPE [override …] [--check | --plan]``.
+"""The command line: ``python -m fastkd.run RECIPE [override …] [--check | --plan | --rehearse | --memory-test]``.
 
 A mistake of the user is one paragraph on stderr and exit code 2, with nothing written anywhere. ``--check``
 and ``--plan`` stay clear of torch and transformers, so that they answer at once.
@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import traceback
+from typing import TYPE_CHECKING
 
 from fastkd.errors import MissingDependency, RecipeErrors, UserError
+
+if TYPE_CHECKING:
+    from fastkd.recipe import LoadedRecipe
 
 OK, FAILED, USER_MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -29,6 +34,7 @@ examples:
   python -m fastkd.run recipes/arithmetic_cpu.yaml distillation.max_num_steps=20 logger.log_dir=runs/short
   python -m fastkd.run recipes/distillation_math.yaml --check
   python -m fastkd.run recipes/topk512_qwen3_4b.yaml --plan --device a100-40 --sweep
+  python -m fastkd.run recipes/topk512_qwen3_4b.yaml --rehearse
 
 The same command again resumes an unfinished run from its newest checkpoint.
 
@@ -45,7 +51,15 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     if not options.plan and (options.sweep or options.json or options.device or options.rates or options.chart):
         parser.error("--sweep, --json, --device, --rates and --chart go with --plan")
+    if options.check + options.plan + options.rehearse + options.memory_test > 1:
+        parser.error("--check, --plan, --rehearse and --memory-test do different things: give one")
+    if options.keep and not options.rehearse:
+        parser.error("--keep goes with --rehearse")
     try:
+        if options.rehearse:
+            return _rehearse(options)
+        if options.memory_test:
+            return _memory_test(options)
         return _plan(options) if options.plan else _main(options.recipe, options.override, options.check)
     except UserError as error:
         _complain(error)
@@ -73,9 +87,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("override", nargs="*", help="keys to change, see below")
     parser.add_argument("--check", action="store_true", help="check the recipe, print what it says, and stop")
     parser.add_argument("--plan", action="store_true", help="predict memory and time of every role, and stop")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run it small: its whole topology on this machine's CPU, and stop"
+    )
+    parser.add_argument(
+        "--memory-test", action="store_true", help="measure one worst-case step per role beside the plan, and stop"
+    )
+    parser.add_argument("--keep", metavar="DIR", help="with --rehearse: leave its models, texts and run folder there")
     plan = parser.add_argument_group("with --plan")
     plan.add_argument(
-        "--device", default="", help="a100-40 (default), a100-80, h100, h200, b200, gh200, or one of --rates"
+        "--device",
+        default="",
+        help="a100-40 where no known GPU is here; a100-80, h100, h200, b200, gh200, or of --rates",
     )
     plan.add_argument(
         "--rates", metavar="FILE", help="your own rates and assumptions, over those of fastkd/plan/rates.yaml"
@@ -86,13 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _plan(options: argparse.Namespace) -> int:
-    try:
-        from fastkd.checks import load_and_check
-        from fastkd.plan.command import PlanOptions, hinders, run_plan
-        from fastkd.recipe import load_recipe
-    except ModuleNotFoundError as error:
-        raise _missing(error) from None
+def _without_files(options: argparse.Namespace) -> LoadedRecipe:
+    """The recipe, whose models, data and nodes need not be here."""
+    from fastkd.checks import load_and_check
+    from fastkd.plan.command import hinders
+    from fastkd.recipe import load_recipe
 
     try:
         loaded, _ = load_and_check(options.recipe, options.override)
@@ -100,6 +121,38 @@ def _plan(options: argparse.Namespace) -> int:
         if errors := [error for error in found.errors if hinders(error)]:
             raise RecipeErrors(errors) from None
         loaded = load_recipe(options.recipe, options.override)
+    return loaded
+
+
+def _rehearse(options: argparse.Namespace) -> int:
+    try:
+        loaded = _without_files(options)
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it: nothing of a rehearsal is on a hub
+        from fastkd.rehearse.command import rehearse
+    except ModuleNotFoundError as error:
+        raise _missing(error) from None
+    try:
+        return OK if rehearse(loaded, options.keep) else FAILED
+    except KeyboardInterrupt:
+        print("\ninterrupted; a rehearsal leaves nothing to resume", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _memory_test(options: argparse.Namespace) -> int:
+    try:
+        loaded = _without_files(options)
+        from fastkd.memory_test import memory_test
+    except ModuleNotFoundError as error:
+        raise _missing(error) from None
+    return OK if memory_test(loaded) else FAILED
+
+
+def _plan(options: argparse.Namespace) -> int:
+    try:
+        loaded = _without_files(options)
+        from fastkd.plan.command import PlanOptions, run_plan
+    except ModuleNotFoundError as error:
+        raise _missing(error) from None
     run_plan(loaded, PlanOptions(options.device, options.rates, options.json, options.sweep, options.chart))
     return OK
 

@@ -48,6 +48,8 @@ class Runner:
         self.consumed_prompts = 0
         """Prompts of the steps that were trained; those collected ahead are not among them."""
         self.total_tokens = 0
+        self.settled = True
+        """Whether the student's weights are those of ``step_number``."""
         self.last_step = inputs.last_step
         steps = -(-self.config.batch_size // recipe.policy.train_global_batch_size)
         self.stale_limit = steps * self.config.max_off_policy_steps
@@ -62,18 +64,28 @@ class Runner:
             with self.stop.at_once():
                 batch = self.batches.next(self.step_number + 1)
             ages = batch.drop_stale(self.roles.version, self.stale_limit) if self.config.max_off_policy_steps else {}
+            self.settled = False
             with self._phase("training", "training"):
                 trained = self.roles.train(batch)
             with self.spans.measure("sync"):
                 synced = self.roles.sync()
         self.step_number += 1
         self.consumed_prompts = batch.consumed
+        self.settled = True
         return trained | synced | ages | self._rollout_metrics(batch.rollouts) | batch.readings.metrics
 
-    def _collect(self, step: int) -> Scored:
+    def _collect(self, step: int, sampled: Callable[[], None]) -> Scored:
         prompts = self.prompts.next()
         consumed = self.prompts.consumed
-        batch = self.roles.collect(prompts, self._request(step), self._phase)
+
+        @contextmanager
+        def phase(shown: str, span: str) -> Iterator[None]:
+            with self._phase(shown, span):
+                yield
+            if span == "generation":
+                sampled()
+
+        batch = self.roles.collect(prompts, self._request(step), phase)
         batch.consumed = consumed
         return batch
 
@@ -120,6 +132,7 @@ class Runner:
     def _run(self) -> bool:
         """Resume, and take the steps that are left; False when somebody stopped it before."""
         resumed = self._resume()
+        self.settled = True
         elapsed_before = resumed.elapsed_seconds if resumed else 0.0
         began = time.monotonic()
         deadline = _seconds(self.recipe.checkpointing.checkpoint_must_save_by)
@@ -168,6 +181,11 @@ class Runner:
                         self._save(found, elapsed())
                     self._say_stopped(stopped)
                     return False
+                except WorkerError as error:
+                    # What cannot go on without an engine or a teacher need not lose what the student has learnt.
+                    if error.role != "training" and self.settled and self.step_number > saved:
+                        self._keep(found, elapsed())
+                    raise
         finally:
             recorder.close()
         return True
@@ -253,6 +271,14 @@ class Runner:
             export = self._export if self.recipe.checkpointing.save_consolidated else None
             self.checkpoints.save(info, self.loaded.to_yaml(), export)
 
+    def _keep(self, found: Metrics, elapsed: float) -> None:
+        """Save before the run ends, if that can be done."""
+        if self.recipe.checkpointing.enabled:
+            with suppress(CheckpointError, WorkerError):
+                self._save(found, elapsed)
+                self.checkpoints.finish()
+                logger.info(f"saved step {self.step_number} before ending; the same command resumes")
+
     def _export(self, path: Path) -> None:
         self.roles.export(path)
         self.inputs.tokenizer.save_pretrained(path)
@@ -284,9 +310,11 @@ def started(inputs: Inputs) -> Iterator[Roles]:
         finally:
             roles.close()
         return
-    from fastkd.ray_roles import RayRoles
-
-    with RayRoles.started(inputs) as roles:
+    if inputs.recipe.data.blend.enabled:
+        from fastkd.offpolicy_roles import TextRoles as Kind
+    else:
+        from fastkd.ray_roles import RayRoles as Kind
+    with Kind.started(inputs) as roles:
         yield roles
 
 

@@ -25,11 +25,20 @@ _HEALTH = {
     "health_check_period_ms": 1000,
     "health_check_failure_threshold": 3,
 }
+_PATIENT = {
+    "health_check_initial_delay_ms": 60_000,
+    "health_check_period_ms": 10_000,
+    "health_check_timeout_ms": 60_000,
+    "health_check_failure_threshold": 10,
+}
 
 
 @contextmanager
-def simulated(nodes: int, slots: int, *, store_bytes: int = _STORE_BYTES) -> Iterator[Any]:
-    """Nodes called node-1, node-2, … of ``slots`` workers each; this process joins. Gives Ray's ``Cluster``."""
+def simulated(nodes: int, slots: int, *, store_bytes: int = _STORE_BYTES, patient: bool = False) -> Iterator[Any]:
+    """Nodes called node-1, node-2, … of ``slots`` workers each; this process joins. Gives Ray's ``Cluster``.
+
+    ``patient``: a node that does not answer for minutes is not lost. For more workers than the machine has cores.
+    """
     from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
 
     folder = tempfile.mkdtemp(prefix="fkd")  # short: sockets have names of at most 107 characters
@@ -39,8 +48,9 @@ def simulated(nodes: int, slots: int, *, store_bytes: int = _STORE_BYTES) -> Ite
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.update(changed)
     os.makedirs(os.path.join(folder, "ray"))
+    health = _PATIENT if patient else _HEALTH
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": store_bytes, "node_name": "head"}
-    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": _HEALTH})
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": health})
     try:
         for number in range(1, nodes + 1):
             cluster.add_node(

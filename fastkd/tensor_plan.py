@@ -3,7 +3,8 @@
 transformers describes tensor parallelism by a string per module ("colwise", …) and the strings change between its
 versions. ``STYLES`` is the one place that knows them; a string it does not know is an error, never a guess.
 
-What each string does to a module is in ``fastkd.tensor_styles``.
+What each string does to a module is in ``fastkd.tensor_styles``. Experts are not split, whatever the plan says: they
+are spread whole (``fastkd.expert_parallel``).
 
 Attention of OLMo 2 and 3 has norms that span all heads: its plan gathers q, k and v, and every rank attends with all
 heads. That is right but not faster, and the plan decides it, not we.
@@ -19,6 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastkd.errors import ModelError, UserError
+from fastkd.experts import experts_of
 from fastkd.tensor_styles import Columns, Embedding, Norm, OneHead, Rows, SharedInput, Style
 
 # What each string of a transformers plan means; ``sp``: sequence parallelism. transformers 5.17 … 5.23 use these; only
@@ -33,6 +35,7 @@ STYLES: dict[str, Callable[[bool], Style]] = {
     "embedding_rowwise": lambda sp: Embedding(sp),
 }
 
+_EXPERTS = "moe_tp_experts"
 _COLUMNS = ("colwise", "colwise_gather_output")
 
 
@@ -51,7 +54,10 @@ def apply_plan(causal_lm: Any, mesh: DeviceMesh, *, sequence_parallel: bool) -> 
     strings = plan_strings(causal_lm)
     styles: dict[str, Style] = {}
     parents: set[str] = set()
+    experts = {id(module) for _, module in experts_of(trunk)}
     for name, module in trunk.named_modules():
+        if id(module) in experts:
+            continue
         string = strings.get(name)
         if module is embedding:
             styles[name] = Embedding(sequence_parallel)
@@ -66,6 +72,8 @@ def apply_plan(causal_lm: Any, mesh: DeviceMesh, *, sequence_parallel: bool) -> 
                 f"{type(causal_lm).__name__}'s tensor-parallel plan leaves this layer out",
                 "Use tensor_parallel_size=1 with this model",
             )
+        elif any(id(one) in experts for one in trunk.get_submodule(name.rpartition(".")[0]).children()):
+            styles[name] = Norm(partial=True)  # a router: every rank sends its own tokens
         elif any(True for _ in module.parameters(recurse=False)):
             # Norms between the blocks' parts. One inside attention without an entry sees all heads and all tokens.
             styles[name] = Norm(partial=sequence_parallel and ".self_attn." not in name)
@@ -95,7 +103,7 @@ def plan_strings(causal_lm: Any) -> dict[str, str]:
     found = {}
     for name, _ in causal_lm.base_model.named_modules():
         for pattern, string in patterns:
-            if pattern.fullmatch(name):
+            if pattern.fullmatch(name) and string != _EXPERTS:
                 if string not in STYLES:
                     raise ModelError(
                         f"model.{name}",

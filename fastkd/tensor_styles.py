@@ -174,7 +174,7 @@ class SharedInput(Style):
 
 
 class Norm(Style):
-    """A replicated norm. ``partial``: its input is this rank's part of the heads or tokens."""
+    """A replicated norm, or router. ``partial``: its input is this rank's part of the heads or tokens."""
 
     def __init__(self, *, partial: bool):
         self.partial = partial
@@ -190,7 +190,7 @@ class Norm(Style):
 
 
 class _WithLocalWeight:
-    """Stands for a norm in its own forward, with a plain tensor for its weight."""
+    """Stands for a norm or router in its own forward, with a plain tensor for its weight."""
 
     def __init__(self, module: Any, weight: Tensor):
         self.module, self.weight = module, weight

@@ -24,15 +24,13 @@ class VerifiedSync:
     """The way from one student to its engines.
 
     Args:
-        recipe: number format of the engines.
+        recipe: number format of the engines, and ``policy.generation.sync_probe``.
         student: a ``fastkd.student.Student``; this rank's part of it.
         engines: their control plane, on the first rank; None on the others.
         transport: as the engines were built with (``weight_sync.transport_for``).
         text: token ids that the model may meet, for the probe.
         vocab: ids that are tokens.
         rank: of this process in the training group.
-        period: probe after every so many syncs, and after the first one; 0 never does.
-        tolerance: mean |Δ log p| in nat beyond which weights differ; None: that of the engines' number format.
         address: of this host, as engines reach it.
         folder: of the file transport; all sides see it.
         timeout: of one bucket.
@@ -48,16 +46,15 @@ class VerifiedSync:
         vocab: int,
         *,
         rank: int = 0,
-        period: int = 1,
-        tolerance: float | None = None,
         address: str = "127.0.0.1",
         folder: Path | None = None,
         timeout: timedelta = timedelta(minutes=5),
     ):
-        self.student, self.engines, self.rank, self.period = student, engines, rank, period
+        settings = recipe.policy.generation.sync_probe
+        self.student, self.engines, self.rank, self.period = student, engines, rank, settings.period
         self.tokens = probe_tokens(text, vocab)
         precision = vllm_setup.precision(recipe)
-        self.probe = SyncProbe(TOLERANCE[precision] if tolerance is None else tolerance)
+        self.probe = SyncProbe(TOLERANCE[precision] if settings.tolerance is None else settings.tolerance)
         self.count = 0
         weights = Weights(student.causal_lm, DTYPES[precision])
         self.sender = WeightSender(

@@ -8,7 +8,9 @@ All that depends on vLLM's trainer side is in this file: it changes between rele
 
 The first rank of the training group sends; the others only help to gather. At any time there is one whole tensor (or
 one bucket), in the engines' dtype: masters in float32 are cast part by part before they are gathered, and a tensor
-that has that dtype already is not touched. A head tied to the embedding is sent once.
+that has that dtype already is not touched. A head tied to the embedding is sent once. Experts are sent one by one, as
+files hold them. vLLM's CPU build computes with wrong experts after such an update, and says nothing: refused
+(``check_experts``). On GPUs the probe (``fastkd.sync_probe``) tells.
 
 ``send`` returns the cost. Whether the engines compute with what they got is for ``fastkd.sync_probe`` to say.
 """
@@ -32,6 +34,7 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from fastkd import weights_export
 from fastkd.errors import UserError, reason
+from fastkd.experts import experts_of
 from fastkd.weights import stored_as_is, stored_tensors
 
 NCCL, GLOO, FILE = "nccl", "fastkd_gloo", "fastkd_file"
@@ -131,16 +134,27 @@ class Weights:
             raise UserError(
                 "weight sync",
                 f"checkpoints of {type(self.causal_lm).__name__} hold other tensors than the model has (quantised "
-                "weights, separate experts), so they cannot be streamed one by one",
+                "weights, experts of another layout), so they cannot be streamed one by one",
                 "Use the file transport",
+            )
+
+    def check_experts(self) -> None:
+        """Not for CPU engines: what they compute after an update is wrong by half a nat per token (vLLM 0.32)."""
+        layout = getattr(self.causal_lm, "fastkd_layout", None)
+        kind = self.causal_lm.device.type if layout is None else layout.mesh.device_type
+        if kind == "cpu" and any(True for _ in experts_of(self.causal_lm)):
+            raise UserError(
+                "policy.generation.backend",
+                "vLLM's CPU build computes with wrong experts once their weights have been replaced",
+                "Use backend=transformers, or GPUs",
+                value="vllm",
             )
 
     def metadata(self) -> list[Entry]:
         """Names, dtypes and whole shapes, without moving anything."""
-        return [
-            Entry(name, self.dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
-            for name, tensor in stored_tensors(self.causal_lm)[0].items()
-        ]
+        tensors, _ = stored_tensors(self.causal_lm)
+        entries = weights_export.file_entries(self.causal_lm, tensors, self.dtype)
+        return [Entry(name, dtype, tuple(shape)) for name, (dtype, shape) in entries.items()]
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         self._running = self._stream()
@@ -158,7 +172,9 @@ class Weights:
     @torch.no_grad()
     def _stream(self) -> Iterator[tuple[str, Any]]:
         tensors, _ = stored_tensors(self.causal_lm)
-        yield from zip(tensors, weights_export.gathered(self.causal_lm, tensors, self.dtype, self.device), strict=True)
+        stream = weights_export.gathered(self.causal_lm, tensors, self.dtype, self.device)
+        names = weights_export.file_entries(self.causal_lm, tensors, self.dtype)
+        yield from zip(names, weights_export.in_files(self.causal_lm, tensors, stream), strict=True)
 
 
 class Engines:
@@ -243,6 +259,7 @@ class WeightSender:
     ):
         if rank == 0 and engines is None:
             raise UserError("weight sync", "the first rank sends", "Give it the engines")
+        weights.check_experts()
         if transport == FILE:
             if folder is None:
                 raise UserError("weight sync", "the file transport needs a folder", "Give one that all nodes see")

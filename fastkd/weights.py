@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
+from fastkd import expert_names
 from fastkd.log import logger
 from fastkd.lora import is_adapter
 from fastkd.quantization import is_scale
@@ -26,12 +26,13 @@ from fastkd.safetensors_files import SafetensorsFiles
 
 
 def stored_as_is(causal_lm: PreTrainedModel) -> bool:
-    """Whether the model's files hold its parameters under its own names, with or without the base model's prefix.
+    """Whether the model's files hold its parameters under its own names, with or without the base model's prefix, or
+    expert by expert (``fastkd.expert_names``).
 
-    Else transformers computes them while it loads: quantised weights, experts merged into one tensor.
+    Else transformers computes them while it loads: quantised weights, other merged tensors.
     """
     quantized = getattr(causal_lm.config, "quantization_config", None) is not None
-    return not quantized and not get_model_conversion_mapping(causal_lm, add_legacy=False)
+    return not quantized and expert_names.understood(causal_lm)
 
 
 def stored_tensors(causal_lm: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
@@ -81,19 +82,25 @@ def load(causal_lm: PreTrainedModel, key: str, name: str, device: torch.device, 
     files = SafetensorsFiles(key, name)
     if not stored_as_is(causal_lm):
         raise files.error(
-            f"files of {type(causal_lm).__name__} hold other tensors than the model has (quantised weights, separate "
-            "experts): they cannot be read shard by shard",
+            f"files of {type(causal_lm).__name__} hold other tensors than the model has (quantised weights, or experts "
+            "of another layout): they cannot be read shard by shard",
             "Use one device, or a dense model in bfloat16 or float32",
         )
     _materialise(causal_lm, torch.device("cpu") if offload else device)
     _restore_buffers(causal_lm, device)
     tensors, others = stored_tensors(causal_lm)
+    pieces = expert_names.pieces(causal_lm)
+    prefix = f"{causal_lm.base_model_prefix}."
     fill: dict[Path, list[tuple[str, str]]] = {}
     compare: dict[Path, list[tuple[str, str]]] = {}
+    used: set[str] = set()
     for ours in tensors:
         names = [ours, *others.get(ours, ())]
-        names += [one.removeprefix(f"{causal_lm.base_model_prefix}.") for one in names]  # saved from the base model
+        names += [one.removeprefix(prefix) for one in names]  # saved from the base model
         stored = [one for one in dict.fromkeys(names) if one in files.paths]
+        if not stored and ours in pieces:
+            used |= _fill_experts(files, causal_lm, ours, tensors[ours], pieces[ours], prefix)
+            continue
         if not stored:
             raise _missing(files, causal_lm, ours)
         fill.setdefault(files.paths[stored[0]], []).append((stored[0], ours))
@@ -113,16 +120,35 @@ def load(causal_lm: PreTrainedModel, key: str, name: str, device: torch.device, 
                         f"config.json ties {theirs!r} to {ours!r}, but {path} stores other values for it",
                         "Set tie_word_embeddings to false in config.json if the values are meant to differ",
                     )
-    used = {theirs for pairs in (*fill.values(), *compare.values()) for theirs, _ in pairs}
+    used |= {theirs for pairs in (*fill.values(), *compare.values()) for theirs, _ in pairs}
     unused = [one for one in files.paths if one not in used and not one.endswith("rotary_emb.inv_freq")]
     if unused and (not dist.is_initialized() or dist.get_rank() == 0):
         logger.warning(f"{name}: {len(unused)} stored tensors are not in {type(causal_lm).__name__}, as {unused[0]!r}")
 
 
-def _missing(files: SafetensorsFiles, causal_lm: Any, ours: str) -> Exception:
+def _fill_experts(
+    files: SafetensorsFiles, causal_lm: Any, ours: str, tensor: Tensor, pieces: expert_names.Pieces, prefix: str
+) -> set[str]:
+    """Fill this rank's part of a fused tensor from the pieces in the files; the names of all pieces there."""
+    names = {one: one if one in files.paths else one.removeprefix(prefix) for one in pieces.names(tensor.shape[0])}
+    lacking = next((one for one, theirs in names.items() if theirs not in files.paths), None)
+    if lacking is not None:
+        raise _missing(files, causal_lm, ours, lacking)
+    part, local = local_part(tensor)
+    wanted: dict[Path, list[Any]] = {}
+    for one, inside, place in pieces.overlaps(tensor.shape, part):
+        wanted.setdefault(files.paths[names[one]], []).append((names[one], inside, place))
+    for path, entries in wanted.items():
+        with files.open(path) as file:
+            for theirs, inside, place in entries:
+                local[place] = files.read(file, theirs, pieces.shape(tensor.shape), inside).to(local)
+    return set(names.values())
+
+
+def _missing(files: SafetensorsFiles, causal_lm: Any, ours: str, theirs: str | None = None) -> Exception:
     paths = sorted({str(path) for path in files.paths.values()})
     where = paths[0] if len(paths) == 1 else f"{len(paths)} files beside {paths[0]}"
-    rule = f"{where} lack the tensor {ours!r} of {type(causal_lm).__name__}"
+    rule = f"{where} lack the tensor {theirs or ours!r} of {type(causal_lm).__name__}"
     if causal_lm.get_output_embeddings().weight is causal_lm.get_parameter(ours):
         return files.error(rule, "Set tie_word_embeddings to true in config.json if the head is the embedding")
     return files.error(f"{rule}; they hold {len(files.paths)} tensors, as {min(files.paths, default='')!r}")

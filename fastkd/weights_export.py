@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
+from fastkd import expert_names
 from fastkd.errors import CheckpointError, reason
 from fastkd.files import write_json
 from fastkd.lora_export import merged_state
-from fastkd.quantization import fold, has_quantizers, quantized_layers
+from fastkd.quantization import fold, has_quantizers, quantized_tensors
 from fastkd.safetensors_files import DTYPES
 from fastkd.weights import local_part, stored_as_is, stored_tensors
 
@@ -62,12 +63,9 @@ def export(causal_lm: Any, path: Path, dtype: torch.dtype, *, max_shard_bytes: i
             _save_pretrained(causal_lm, path, dtype, stream, max_shard_bytes)
             return
         write_config(causal_lm, path, dtype)
-        entries = {
-            name: (dtype if tensor.is_floating_point() else tensor.dtype, tensor.shape)
-            for name, tensor in tensors.items()
-        }
         parameters = sum(tensor.numel() for tensor in tensors.values())
-        write_files(path, entries, stream, max_shard_bytes, parameters)
+        entries = file_entries(causal_lm, tensors, dtype)
+        write_files(path, entries, in_files(causal_lm, tensors, stream), max_shard_bytes, parameters)
 
     together(path, stream, write)
 
@@ -98,6 +96,40 @@ def together(path: Path, stream: Iterator[Any], write: Callable[[], None]) -> No
         ) from failure
 
 
+def file_entries(causal_lm: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Entries:
+    """What files hold of ``tensors``: experts one by one. Floating-point tensors are of ``dtype``."""
+    pieces = expert_names.pieces(causal_lm)
+    entries: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+    for name, tensor in tensors.items():
+        own = dtype if tensor.is_floating_point() else tensor.dtype
+        if name in pieces:
+            shape = pieces[name].shape(tensor.shape)
+            entries |= dict.fromkeys(pieces[name].names(tensor.shape[0]), (own, shape))
+        else:
+            entries[name] = (own, tensor.shape)
+    return entries
+
+
+def in_files(causal_lm: Any, names: Iterable[str], stream: Iterator[Any]) -> Iterator[Any]:
+    """The stream of whole tensors as files hold them, in the order of ``file_entries``; None for pieces of None.
+
+    Args:
+        causal_lm: whose tensors they are.
+        names: of the stream's tensors.
+        stream: of :func:`gathered`.
+    """
+    pieces = expert_names.pieces(causal_lm)
+    for name in names:
+        whole = next(stream)
+        if name not in pieces:
+            yield whole
+        elif whole is None:
+            yield from [None] * len(pieces[name].names(causal_lm.get_parameter(name).shape[0]))
+        else:
+            yield from pieces[name].cut(whole)
+        del whole  # before the next one is gathered
+
+
 def gathered(
     causal_lm: Any,
     tensors: dict[str, Tensor],
@@ -121,13 +153,13 @@ def gathered(
     if dist.is_initialized():
         mine, parts = parts[0], [None] * dist.get_world_size()
         dist.all_gather_object(parts, mine)
-    layers = dict(quantized_layers(causal_lm)) if folded and has_quantizers(causal_lm) else {}
+    quantized = quantized_tensors(causal_lm) if folded and has_quantizers(causal_lm) else {}
     for name, tensor in merged_state(causal_lm):
         if name not in tensors:
             continue  # another name of a tied one
-        local = local_part(tensor)[1]
-        if name.endswith(".weight") and name.removesuffix(".weight") in layers:
-            local = fold(causal_lm, layers[name.removesuffix(".weight")], local)
+        part, local = local_part(tensor)
+        if name in quantized:
+            local = fold(causal_lm, quantized[name], local, part[0])
         local = local.to(dtype) if tensor.is_floating_point() else local
         if isinstance(tensor, DTensor):
             yield _gather(local, tensor.shape, [one[name] for one in parts], device or torch.device("cpu"))

@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from fastkd import train_state
 from fastkd.checkpoint import Checkpoints, TrainingInfo, Workers
 from fastkd.config import Checkpointing
-from fastkd.errors import CheckpointError
+from fastkd.errors import CheckpointError, WorkerError
 from fastkd.state_files import StateFiles, _exact
 
 # StateFiles silences it for a process; pytest resets the filters for each test.
@@ -188,6 +188,37 @@ def test_a_save_that_fails_says_which_and_why_and_leaves_nothing(tmp_path, is_as
     assert [path.name for path in store.folder.iterdir()] == ["step_1"]
     save(store, 2, worker=worker)  # and the next one succeeds
     assert store.steps() == [1, 2]
+
+
+class Gone(WorkerError):
+    """A rank was killed."""
+
+    gone = True
+
+    def __init__(self, *_):
+        RuntimeError.__init__(self, "training rank 1 on node-2: its process ended")
+
+
+def test_a_rank_that_dies_is_no_fault_of_the_checkpoint(tmp_path):
+    """In the middle of loading or saving: nothing is called damaged, and the run may start the rank anew."""
+    worker = Worker()
+    store = checkpoints(tmp_path, worker)
+    save(store, 1, worker=worker)
+
+    def die(*_):
+        raise Gone
+
+    with pytest.raises(Gone):
+        Checkpoints(store.config, Workers(die, die, die)).load_newest()
+    for config in (store.config.model_copy(update={"is_async": is_async}) for is_async in (True, False)):
+        dying = Checkpoints(config, Workers(lambda *_: None, die, worker.load))
+        with pytest.raises(Gone):
+            dying.save(info_of(2), "")
+            dying.finish()
+    with pytest.raises(Gone):
+        Checkpoints(store.config, Workers(die, die, worker.load)).save(info_of(2), "")
+    assert [path.name for path in store.folder.iterdir()] == ["step_1"]
+    assert store.load_newest().step == 1
 
 
 def test_what_a_worker_wrote_elsewhere_is_found_out(tmp_path):

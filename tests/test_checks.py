@@ -7,9 +7,9 @@ import pytest
 
 from fastkd import fits
 from fastkd.checks import allocation, check, local_run_problems
-from fastkd.checks.model_files import find_folder, looks_local
 from fastkd.config.inherit import merge
 from fastkd.errors import RecipeErrors
+from fastkd.model_files import find_folder, looks_local
 from fastkd.recipe import load_recipe, recipe_from
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -663,3 +663,55 @@ def test_a_local_recipe_has_no_such_problem():
     assert [one.key for one in local_run_problems(recipe_from(BASE, ["distillation.max_off_policy_steps=1"]))] == [
         "distillation.max_off_policy_steps"
     ]
+
+
+# ---------------------------------------------------------------- quantised students
+
+
+def _sized(folder, **sizes):
+    folder.mkdir(exist_ok=True)
+    config = {"model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 101}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    (folder / "model.safetensors").touch()
+    return [f"policy.model_name={folder}", f"teacher.model_name={folder}", "cluster.gpus_per_node=4"]
+
+
+def test_a_quantised_student_has_no_adapters_and_a_teacher_of_its_own(tmp_path):
+    given = [*_sized(tmp_path / "m"), "policy.quant_cfg=default"]
+    assert errors(*given) == {}
+    found = errors(*given, "policy.dtensor_cfg.lora_cfg.enabled=true")
+    assert "adapters are trained over weights that stay as they are" in found["policy.quant_cfg"]
+    shared = ["distillation.context_distillation.enabled=true", "data.train.output_key=solution",
+              "distillation.context_distillation.teacher_prefix_template='{problem} {trace}'"]  # fmt: skip
+    source = "distillation.context_distillation.frozen_teacher_source"
+    assert errors(*given, *shared) == {}
+    assert "the student's own model, quantised" in errors(*given, *shared, f"{source}=live")[source]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "more", "words"),
+    [
+        (1, [], ""),
+        (2, [], ""),  # 64 and 96 inputs: parts of 32 and 48
+        (4, [], "cuts the 96 inputs of mlp.down_proj"),
+        (4, ["policy.quant_exclude_modules=[down_proj]"], ""),  # parts of 16
+        (4, ["policy.quant_cfg=null"], ""),
+    ],
+)
+def test_tensor_parallelism_leaves_blocks_of_sixteen_whole(tmp_path, tensor, more, words):
+    key = "policy.dtensor_cfg.tensor_parallel_size"
+    own = "teacher.dtensor_cfg.tensor_parallel_size=1"
+    found = errors(*_sized(tmp_path / "m"), "policy.quant_cfg=default", f"{key}={tensor}", own, *more)
+    assert set(found) == ({key} if words else set()) and words in found.get(key, "")
+    assert not words or "Use one of 1, 2, or add down_proj" in found[key]
+
+
+def test_inputs_that_are_no_blocks_are_named(tmp_path):
+    found = errors(*_sized(tmp_path / "m", intermediate_size=100), "policy.quant_cfg=default")
+    assert "mlp.down_proj has 100 inputs, no multiple of NVFP4's block of 16" in found["policy.quant_cfg"]
+
+
+def test_a_blend_by_name_is_checked_without_its_file():
+    assert "there is no file datablend_openscience_chat.json" in warnings("data.blend.name=openscience_chat")
+    assert "no file mine.json" in errors("data.blend.path=mine.json")["data.blend.path"]

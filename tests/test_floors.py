@@ -12,19 +12,20 @@ ROOT = Path(__file__).resolve().parents[1]
 # The house, bottom up. A package (config, checks) is one room. docs/architecture.md explains the rooms.
 FLOORS = [
     "errors files log profiling sampling attention collectives grad_norm plot running_mean prefix_template"
-    " ahead stop timeline module_names"
+    " ahead stop timeline module_names experts expert_names memory_test_meter"
     " _kernels.nvfp4 _kernels.reference _kernels.rows _kernels.pages _kernels.tuning",
     "config batch health process_group tensor_styles block_compile safetensors_files state_files train_state"
+    " expert_parallel model_files"
     " _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"
     " _kernels.triton_lanes _kernels.triton_nvfp4 _kernels.triton_sum",
     "recipe metrics packing optim data checkpoint grading pools lora_choice context_parallel tensor_plan trace"
     " placement quantization_choice blends"
     " _kernels.nvfp4_ops _kernels.problem _kernels.row_topk"
     " _kernels.triton_math _kernels.triton_stats _kernels.triton_topk",
-    "lora parallel checks context_distillation simulated_cluster quantization conf catalogue"
+    "lora parallel plan context_distillation simulated_cluster quantization conf catalogue"
     " _kernels.linear_topk _kernels.row_finish",
-    "weights lora_export describe ray_cluster import_conf plan _kernels.triton_finish",
-    "models weights_export fits _kernels.row_passes",
+    "weights lora_export checks ray_cluster import_conf _kernels.triton_finish",
+    "models weights_export fits describe _kernels.row_passes",
     "driver weight_sync nvfp4_export _kernels.heads",
     "vllm_extension vllm_setup calibration _kernels.linear_kl_low",
     "_kernels.linear_kl",
@@ -32,12 +33,13 @@ FLOORS = [
     "report kernels",
     "losses rollout payload vllm_teacher",
     "teacher student refs vllm_generation sync_probe",
-    "roles actors verified_sync evaluate",
-    "validate ray_pools cluster_workers engine_actors vllm_roles",
+    "roles actors verified_sync evaluate memory_test_roles",
+    "validate ray_pools cluster_workers engine_actors vllm_roles memory_test",
     "collect",
     "ray_roles",
+    "offpolicy_roles",
     "runner",
-    "offpolicy",
+    "offpolicy rehearse",
     "run",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

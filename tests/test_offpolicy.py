@@ -60,6 +60,11 @@ def undisturbed(root, tmp_path_factory, blend_file):
 
 def test_it_learns_from_the_texts(undisturbed):
     folder, lines = undisturbed
+    for line in lines[1:]:  # 0.7 and 0.3 of 16, to within one sample
+        given = [line[f"blend/samples/{name}"] for name in ("plus", "minus")]
+        assert sum(given) == BATCH and abs(given[0] - 0.7 * BATCH) <= 1
+        tokens = line["blend/tokens/plus"] + line["blend/tokens/minus"]
+        assert tokens == line["train/global_valid_toks"] and min(given) > 0
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
     kl = [line["validation/kl"] for line in lines if "validation/kl" in line]
     assert len(kl) == 3 and kl[2] < 0.9 * kl[0]

@@ -22,6 +22,7 @@ from fastkd.plan.splits import better_splits
 from fastkd.recipe import load_recipe, recipe_from
 
 ROOT = Path(__file__).resolve().parents[1]
+TEXTS = ("qad_qwen3_8b", "qad_qwen3_30b_a3b", "qad_qwen3_30b_a3b_2n")
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 GIB = 1 << 30
 
@@ -168,9 +169,10 @@ def test_memory_of_topk512_14b_by_hand():
     weights = 2 * ((14_768_307_200 - norms) / 4 + norms)
     cache = 0.65 * 39.4 * GIB - weights - 2 * GIB
     assert engine.facts["longest sequences held"] == pytest.approx(cache / 40960 / 20480, rel=1e-3)
-    # Teacher: TP4 × DP1, bfloat16; rows of 32 rollouts of 16,384 tokens at 8 · 512 + 8 bytes.
+    # Teacher: TP4 × DP1, bfloat16; rows of 32 rollouts of 16,384 tokens at 8 · 512 + 8 bytes, but for the last
+    # micro-batch's, which are results of the top-k.
     assert teacher.rows["parameters"] == pytest.approx(weights, rel=1e-3)
-    assert teacher.rows["teacher rows"] == 32 * 16384 * (8 * 512 + 8)
+    assert teacher.rows["teacher rows"] == (32 * 16384 - 20480) * (8 * 512 + 8)
     assert teacher.facts["payload per token"] == 2064
     assert teacher.facts["logits never made"] == 20480 * (151936 / 4) * 4
 
@@ -249,8 +251,11 @@ def test_every_recipe_plans(path, capsys):
     assert command.main([str(path), "--plan", "--json", "--sweep"]) == 0
     tree = json.loads(capsys.readouterr().out)
     devices = tree["device"]["count"]
-    for role in tree["roles"].values():
+    for name, role in tree["roles"].items():
         memory, time = role["memory"], role["time"]
+        if name == "generation" and path.stem in TEXTS:
+            assert memory["bytes"] == time["seconds"] == 0  # nothing is sampled
+            continue
         assert memory["bytes"] == pytest.approx(sum(memory["rows"].values()))
         assert memory["bytes"] == max(memory["moments"].values())
         assert time["seconds"] == pytest.approx(sum(time["parts"].values()))
@@ -418,6 +423,45 @@ def test_a_plan_that_does_not_fit_says_what_to_turn(capsys):
     assert command.main([str(ROOT / "recipes" / "olmo2_32b_8gpu.yaml"), "--plan", "--device", "h100"]) == 0
     out = capsys.readouterr().out
     assert "too large" in out and "fits         no: training" in out and "Turn for training, in this order:" in out
+
+
+def test_a_plan_is_for_this_machines_gpu_where_there_is_one(monkeypatch, capsys):
+    path = str(ROOT / "recipes" / "topk512_qwen3_4b.yaml")
+    for here, words in (("h200", "H200 SXM"), ("", "A100 40 GB")):
+        monkeypatch.setattr("fastkd.plan.command.here", lambda here=here: here)
+        assert command.main([path, "--plan"]) == 0
+        out = capsys.readouterr().out
+        assert f"28 × {words}" in out and ("h200: this machine's" if here else "a100-40: the default") in out
+    monkeypatch.setattr("fastkd.plan.command.here", lambda: "h200")
+    assert command.main([path, "--plan", "--device", "b200"]) == 0
+    out = capsys.readouterr().out
+    assert "28 × B200" in out and "this machine's" not in out
+    # A recipe for the CPU is not for the GPU that happens to be here.
+    assert command.main([str(ROOT / "recipes" / "arithmetic_cpu.yaml"), "--plan"]) == 0
+    assert "× CPU" in capsys.readouterr().out
+
+
+def test_quantised_weights_are_kept_whole_unless_blocks_are_recomputed():
+    """Qwen3-8B, DP8: 36 blocks of 192,937,984 weights in bfloat16 on every GPU; with recompute one block's."""
+    block = 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 12288
+    off = "policy.dtensor_cfg.activation_checkpointing=false"
+    kept, plain = shipped("qad_qwen3_8b", off), shipped("qad_qwen3_8b", off, "policy.quant_cfg=null")
+    moments = kept.memory["training"].moments
+    assert moments["loss"]["quantised weights"] == 36 * 2 * block
+    assert shipped("qad_qwen3_8b").memory["training"].moments["backward"]["quantised weights"] == 2 * block
+    assert kept.memory["training"].total > plain.memory["training"].total + 36 * 2 * block
+    excluded = 'policy.quant_exclude_modules=[down_proj,"*.self_attn.*"]'
+    part = shipped("qad_qwen3_8b", off, excluded).memory["training"].moments["loss"]["quantised weights"]
+    assert part == 36 * 2 * 2 * 4096 * 12288
+    # Of a mixture of experts a rank has its own: 16 of 128, and a quarter of the attention.
+    moe = shipped("qad_qwen3_30b_a3b").memory["training"].moments["backward"]["quantised weights"]
+    assert moe == 2 * (16 * 3 * 2048 * 768 + 2048 * (4096 + 2 * 512 + 4096) // 4)
+
+
+def test_texts_that_exist_need_no_engines_and_no_sync():
+    plan = shipped("qad_qwen3_8b")
+    assert plan.memory["generation"].total == plan.time["generation"].seconds == plan.sync[0] == 0
+    assert plan.serial_seconds == plan.time["training"].seconds + plan.time["teacher"].seconds
 
 
 def test_the_chart(tmp_path, capsys):

@@ -5,8 +5,6 @@ Sharded steps run rank 0 alone, with a process group whose collectives do nothin
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,16 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from fastkd import attention, lora, parallel
-from fastkd._kernels import row_passes, rows
+from fastkd import attention, lora, memory_test_roles, parallel
+from fastkd._kernels import row_passes, row_topk, rows
 from fastkd.batch import Prompt, Rollout, pack
 from fastkd.config import LoRA
 from fastkd.kernels import TopK, vocab_topk
 from fastkd.losses import PackedModel
+from fastkd.memory_test_meter import peak_bytes
 from fastkd.models import packed_hidden
 from fastkd.payload import compress
 from fastkd.plan import load_rates, loss_kernel, published
@@ -38,26 +36,6 @@ from fastkd.teacher import shares_student
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Most bytes that the CPU allocator had handed out above the level before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
-        work()
-    sizes: list[tuple[int, int]] = []
-
-    def walk(nodes) -> None:
-        for node in nodes:
-            if node.name == "[memory]":
-                sizes.append((node.start_time_ns, node.extra_fields.alloc_size))
-            walk(node.children)
-
-    walk(seen.profiler.kineto_results.experimental_event_tree())
-    level = highest = 0
-    for _, size in sorted(sizes):
-        level += size
-        highest = max(highest, level)
-    return highest
 
 
 def config_of(name: str) -> dict:
@@ -117,6 +95,9 @@ def test_adapters_are_those_that_lora_adds():
 # ---------------------------------------------------------------- kernels
 
 
+SELECTIONS = [(40, 8), (416, 32), (5001, 32), (24000, 64), (151936, 64), (151936, 512)]
+
+
 def test_the_kernels_constants():
     chunks = rows.DEFAULT_CHUNK_BYTES
     assert (loss_kernel.CHUNK_BYTES["cpu"], loss_kernel.CHUNK_BYTES["cuda"]) == (chunks["cpu"], chunks["other"])
@@ -124,6 +105,7 @@ def test_the_kernels_constants():
     assert [loss_kernel.leading(n) for n in (1, 15, 16, 151936)] == [
         rows.leading_dimension(n) for n in (1, 15, 16, 151936)
     ]
+    assert [loss_kernel.lanes(*one) for one in SELECTIONS] == [row_topk.lanes_for(*one) for one in SELECTIONS]
     for count in (1, 7, 1000, 20480):
         parts = list(rows.chunks(count, 6000, 1 << 20))
         assert loss_kernel.chunk_rows(count, 6000, 1 << 20) == (parts[0].stop, len(parts))
@@ -151,6 +133,13 @@ def test_the_loss_kernels_buffers(tokens, hidden, vocab, kept, dtype):
     assert loss_kernel.loss_buffers(tokens=tokens, **sizes).peak == pytest.approx(measured, rel=0.1)
     measured = peak_bytes(lambda: vocab_topk(x.detach(), w.detach(), kept))
     assert loss_kernel.topk_buffers(**sizes) == pytest.approx(measured, rel=0.2)
+
+
+def test_a_small_vocabularys_topk_is_mostly_selection():
+    torch.manual_seed(0)
+    x, w = torch.randn(2000, 96, dtype=torch.bfloat16), torch.randn(416, 96, dtype=torch.bfloat16)
+    expected = loss_kernel.topk_buffers(active=2000, hidden=96, columns=416, kept=32, size=2, cpu=True)
+    assert expected == pytest.approx(peak_bytes(lambda: vocab_topk(x, w, 32)), rel=0.2)
 
 
 # ---------------------------------------------------------------- activations
@@ -278,48 +267,21 @@ def recipe_of(folder: Path, tokens: int, kept: int, nodes: int = 1, **policy):
     )
 
 
-def compare(folder: Path, loaded, *, vocab: int, rel: float) -> None:
-    """Two micro-batches of the longest sequences: state in bytes, and the peak of forward and backward."""
+def compare(folder: Path, loaded) -> None:
+    """One worst-case step: what is held to the byte, the peak within 10 %, the rest as ``--memory-test`` judges it."""
     recipe = loaded.recipe
-    kept, tokens = recipe.distillation.topk_logits_k, recipe.policy.max_total_sequence_length
-    sharding = recipe.policy.dtensor_cfg
-    world = recipe.cluster.num_nodes
+    degrees = recipe.policy.dtensor_cfg
     mesh = None
-    if world > 1:
-        mesh = parallel.build_mesh(sharding.tensor_parallel_size, sharding.context_parallel_size, None, "cpu")
-    student = Student(recipe, CPU, None, mesh)
-    data = world // (sharding.tensor_parallel_size * sharding.context_parallel_size)
-    made = random.Random(0)
-    rollouts = [
-        Rollout(Prompt(i, "", None, "", (1,)), 0, tuple(made.randrange(vocab) for _ in range(tokens)), True, 0)
-        for i in range(2 * data)
-    ]
-    ids = torch.stack([torch.randperm(vocab)[:kept].sort().values for _ in range(tokens)]).int()
-    full = torch.full((tokens,), 9.0)
-    targets = [TopK(ids, torch.randn(tokens, kept), full, full - 1)] * len(rollouts)
-
-    def forward_backward() -> None:
-        for loss, _ in student._forward(rollouts, targets, weight=1.0, divergence=student.divergence):
-            loss.loss.backward()
-
-    forward_backward()
-    student.optimizer.step()
-    student.optimizer.zero_grad(set_to_none=True)
-    measured = peak_bytes(forward_backward)
-
-    def local(tensor):
-        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-    weights = sum(local(p).nbytes for p in student.parameters)
-    gradients = sum(local(p.grad).nbytes for p in student.parameters)
-    states = sum(local(x).nbytes for one in student.optimizer.state.values() for x in one.values() if x.dim())
+    if recipe.cluster.num_nodes > 1:
+        mesh = parallel.build_mesh(degrees.tensor_parallel_size, degrees.context_parallel_size, None, "cpu")
     shape = find("policy.model_name", str(folder))
-    plan = Plan(arrange(recipe, load_rates(cpu=True), shape, shape)).memory["training"]
-    rows = plan.moments["loss"]
-    stored = rows["parameters" if recipe.policy.precision == "float32" else "master weights"]
-    assert (stored, rows["gradients"], rows["optimizer"]) == (weights, gradients, states)
-    expected = max(sum(found.values()) for name, found in plan.moments.items() if name != "optimizer")
-    assert expected == pytest.approx(measured + weights + states, rel=rel)
+    lines = memory_test_roles.training(
+        Student(recipe, CPU, None, mesh), arrange(recipe, load_rates(cpu=True), shape, shape)
+    )
+    for one in lines:
+        assert one.holds, one
+        assert one.item not in memory_test_roles.HELD or one.planned == one.measured, one
+    assert lines[-1].item == "peak of a step" and abs(lines[-1].difference) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -330,11 +292,14 @@ def compare(folder: Path, loaded, *, vocab: int, rel: float) -> None:
         (True, 6000, {"precision": "bfloat16", "dtensor_cfg": {"activation_checkpointing": True}}),
         (False, 500, {"precision": "float32"}),  # no head to speak of: the peak is in the blocks' backward
         (True, 500, {"precision": "bfloat16"}),
+        (False, 500, {"precision": "float32", "quant_cfg": "default"}),
+        (False, 500, {"precision": "bfloat16", "quant_cfg": "mlp_only"}),
+        (False, 500, {"quant_cfg": "weight_only", "dtensor_cfg": {"activation_checkpointing": True}}),
     ],
 )
 def test_a_step_on_one_device(tmp_path, tied, vocab, policy):
     write_model(tmp_path, tied=tied, vocab=vocab, hidden=128, layers=3)
-    compare(tmp_path, recipe_of(tmp_path, 256, 32, **policy), vocab=vocab, rel=0.1)
+    compare(tmp_path, recipe_of(tmp_path, 256, 32, **policy))
 
 
 @pytest.mark.parametrize(
@@ -353,7 +318,27 @@ def test_a_step_of_one_rank(tmp_path, tied, vocab, tp, cp, world, more):
     sharding = {"tensor_parallel_size": tp, "context_parallel_size": cp, **more}
     with ranks(world):
         loaded = recipe_of(tmp_path, 256, 32, nodes=world, precision="bfloat16", dtensor_cfg=sharding)
-        compare(tmp_path, loaded, vocab=vocab, rel=0.1)
+        compare(tmp_path, loaded)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_quantised_step_of_one_rank(tmp_path, recompute):
+    """Every rank keeps the NVFP4 values of whole layers, which FSDP does not shard: here most of the peak."""
+    write_model(tmp_path, tied=False, vocab=500, hidden=256, layers=4)
+    sharding = {"tensor_parallel_size": 2, "activation_checkpointing": recompute}
+    found = {}
+    with ranks(4):
+        for preset in (None, "default"):
+            loaded = recipe_of(tmp_path, 128, 32, nodes=4, precision="bfloat16", dtensor_cfg=sharding, quant_cfg=preset)
+            compare(tmp_path, loaded)
+            shape = find("policy.model_name", str(tmp_path))
+            found[preset] = Plan(arrange(loaded.recipe, load_rates(cpu=True), shape, shape)).memory["training"].moments
+    # q, k, v, o and the MLP of a block, cut by TP 2, in bfloat16.
+    block = 2 * (256 * (256 + 2 * 128 + 256) + 3 * 256 * 768) // 2
+    emulated = 12.5 * 256 * 768 // 2 if recompute else 0  # of the largest weight, on a CPU
+    assert found["default"]["backward"]["quantised weights"] == block * (1 if recompute else 4) + emulated
+    assert found["default"]["loss"]["quantised weights"] == (0 if recompute else 4 * block)
+    assert not found[None]["loss"]["quantised weights"]
 
 
 @pytest.mark.slow
@@ -365,7 +350,7 @@ def test_a_step_of_a_hundred_million_parameters(tmp_path, precision, recompute):
         tmp_path, 512, 64, precision=precision, dtensor_cfg={"activation_checkpointing": recompute}
     )  # fmt: skip
     assert find("policy.model_name", str(tmp_path)).parameters > 1e8
-    compare(tmp_path, loaded, vocab=50000, rel=0.1)
+    compare(tmp_path, loaded)
 
 
 # ---------------------------------------------------------------- rules that exist twice: a plan imports no torch

@@ -287,19 +287,46 @@ def test_a_buffer_that_nothing_initialises(folder):
         weights.load(model, KEY, str(folder), CPU)
 
 
-def test_experts_that_transformers_merges(tmp_path):
-    """Not read shard by shard; one process leaves them to transformers, and exports the names of the files."""
+def test_experts_one_by_one_in_files(tmp_path):
+    """The hub's names, one tensor per expert: read slice by slice into fused tensors, and written as they were."""
     sizes = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     saved = random_model("Qwen3Moe", **sizes)
     saved.save_pretrained(tmp_path / "moe")
     got = load(tmp_path / "moe")
     same(got, saved)
-    assert not weights.stored_as_is(got)
-    with pytest.raises(ModelError, match=r"Qwen3MoeForCausalLM hold other tensors.*Use one device"):
-        weights.load(models.meta_causal_lm(KEY, str(tmp_path / "moe"), torch.float32), KEY, str(tmp_path / "moe"), CPU)
+    assert weights.stored_as_is(got)
     weights_export.export(got, tmp_path / "export", torch.bfloat16)
     original, exported = (load_file(tmp_path / name / "model.safetensors") for name in ("moe", "export"))
     assert original.keys() == exported.keys() and any("experts.3.up_proj" in name for name in exported)
+    assert all(torch.equal(exported[name], original[name].bfloat16()) for name in original)
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["dtype"] == "bfloat16"
+    again = load(tmp_path / "export")
+    assert all(torch.equal(p, saved.get_parameter(n).bfloat16().float()) for n, p in again.named_parameters())
+    gone = "model.layers.1.mlp.experts.2.up_proj.weight"
+    save_file({n: t for n, t in original.items() if n != gone}, tmp_path / "moe" / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"lack the tensor '{gone}' of Qwen3MoeForCausalLM"):
+        load(tmp_path / "moe")
+
+
+def test_experts_that_files_name_fused(tmp_path):
+    saved = random_model("Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    weights_export.write_config(saved, tmp_path, torch.float32)
+    save_file({name: p.detach().clone() for name, p in saved.named_parameters()}, tmp_path / "model.safetensors")
+    same(load(tmp_path), saved)
+
+
+def test_experts_that_transformers_merges(tmp_path):
+    """Renamed as well: not read shard by shard. One process leaves them to transformers, with the files' names."""
+    saved = random_model("Mixtral", num_local_experts=4, num_experts_per_tok=2)
+    saved.save_pretrained(tmp_path / "moe")
+    got = load(tmp_path / "moe")
+    same(got, saved)
+    assert not weights.stored_as_is(got)
+    with pytest.raises(ModelError, match=r"MixtralForCausalLM hold other tensors.*Use one device"):
+        weights.load(models.meta_causal_lm(KEY, str(tmp_path / "moe"), torch.float32), KEY, str(tmp_path / "moe"), CPU)
+    weights_export.export(got, tmp_path / "export", torch.bfloat16)
+    original, exported = (load_file(tmp_path / name / "model.safetensors") for name in ("moe", "export"))
+    assert original.keys() == exported.keys() and any("experts.3.w3" in name for name in exported)
     assert all(torch.equal(exported[name], original[name].bfloat16()) for name in original)
     assert json.loads((tmp_path / "export" / "config.json").read_text())["dtype"] == "bfloat16"
 

@@ -10,7 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastkd.checks import allocation, blends, context, devices, files, keys, local, models, torch_names
+from fastkd.checks import (
+    allocation,
+    blends,
+    context,
+    devices,
+    engines,
+    files,
+    keys,
+    local,
+    models,
+    quantized,
+    torch_names,
+)
 from fastkd.checks.finding import Finding
 from fastkd.checks.local import local_run_problems, needs_cluster
 from fastkd.checks.rest import other_errors
@@ -29,6 +41,8 @@ _RULES: tuple[Callable[[LoadedRecipe], Iterator[Finding]], ...] = (
     torch_names.optimizer,
     context.context,
     devices.roles,
+    engines.sampling,
+    engines.scoring,
     allocation.slurm,
     allocation.ray,
     files.datasets,
@@ -36,6 +50,7 @@ _RULES: tuple[Callable[[LoadedRecipe], Iterator[Finding]], ...] = (
     lambda loaded: blends.blend(loaded, loaded.recipe.data.blend),
     files.sinks,
     models.model_facts,
+    quantized.quantized,
     local.idle,
 )
 

@@ -24,7 +24,10 @@ def blend(loaded: LoadedRecipe, config: Blend) -> Iterator[Finding]:
         path, _ = find_blend(config, loaded.folders)
         splits = read_blend(path).splits
     except DataError as error:
-        yield _as_recipe_error(error)
+        if error.key == "data.blend.folder":  # a name is of a file that is brought here; the run itself needs it
+            yield f"{error.key}={config.folder!r}: {error.rule}. The recipe can be checked, not run."
+        else:
+            yield _as_recipe_error(error)
         return
     for entry in splits["train"] + splits["valid"]:
         try:

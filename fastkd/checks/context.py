@@ -118,7 +118,7 @@ def _moving_teacher(loaded: LoadedRecipe) -> Iterator[RecipeError]:
             "Write teacher.precision=${policy.precision}",
             value=recipe.teacher.precision,
         )
-    for key in ("tensor_parallel_size", "context_parallel_size"):
+    for key in ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size"):
         mine, its = getattr(recipe.policy.dtensor_cfg, key), getattr(recipe.teacher.dtensor_cfg, key)
         if mine != its:
             yield RecipeError(

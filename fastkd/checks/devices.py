@@ -73,6 +73,14 @@ def _sharding(name: str, model: Teacher, role: str, devices: int, recipe: Recipe
             f"{name}.dtensor_cfg.tensor_parallel_size={tensor} spans nodes of {recipe.cluster.gpus_per_node} GPUs: "
             "every layer then waits for the network."
         )
+    experts = model.dtensor_cfg.expert_parallel_size
+    if devices % experts:
+        yield RecipeError(
+            f"{name}.dtensor_cfg.expert_parallel_size",
+            f"{devices} {role} devices do not divide into groups of {experts} that share the experts",
+            f"Use a divisor of {devices}, whatever the tensor parallel size is",
+            value=experts,
+        )
 
 
 def _data_parallel(recipe: Recipe, ranks: int) -> Iterator[Finding]:

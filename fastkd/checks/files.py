@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastkd.checks.finding import Finding
-from fastkd.checks.model_files import looks_local
 from fastkd.config import Dataset, Env
 from fastkd.config.sources import NAMED
 from fastkd.errors import RecipeError
+from fastkd.model_files import looks_local
 from fastkd.recipe import LoadedRecipe
 
 

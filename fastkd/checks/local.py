@@ -35,6 +35,7 @@ def _beyond_one_process(recipe: Recipe) -> Iterator[tuple[str, object, object]]:
     loop, generation = recipe.distillation, recipe.policy.generation
     rules: list[tuple[bool, str, object, object]] = [
         (generation.backend == "vllm", "policy.generation.backend", "vllm", "transformers"),
+        (recipe.teacher.backend == "vllm", "teacher.backend", "vllm", "fastkd"),
         (not generation.colocated.enabled, "policy.generation.colocated.enabled", False, True),
         (loop.resource_isolation.enabled, "distillation.resource_isolation.enabled", True, False),
         (loop.max_off_policy_steps > 0, "distillation.max_off_policy_steps", loop.max_off_policy_steps, 0),
@@ -43,7 +44,7 @@ def _beyond_one_process(recipe: Recipe) -> Iterator[tuple[str, object, object]]:
     ]
     for name, model in models_of(recipe):
         sharding = model.dtensor_cfg
-        for key in ("tensor_parallel_size", "context_parallel_size"):
+        for key in ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size"):
             size = getattr(sharding, key)
             rules.append((size > 1, f"{name}.dtensor_cfg.{key}", size, 1))
         rules.append((sharding.cpu_offload, f"{name}.dtensor_cfg.cpu_offload", True, False))

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastkd.checks.finding import Finding, models_of
-from fastkd.checks.model_files import ModelFiles, find_folder, read_model
 from fastkd.config import Teacher
 from fastkd.errors import RecipeError
+from fastkd.model_files import ModelFiles, find_folder, read_model
 from fastkd.recipe import LoadedRecipe
 
 
@@ -114,6 +114,11 @@ def _fits(name: str, model: Teacher, files: ModelFiles) -> Iterator[Finding]:
     elif files.kv_heads and files.kv_heads % tensor and tensor % files.kv_heads:
         rule = f"must divide the model's {files.kv_heads} key-value heads, or be a multiple of them"
         yield RecipeError(key, rule, "Choose a divisor or a multiple", value=tensor)
+    experts, ep = files.experts, model.dtensor_cfg.expert_parallel_size
+    if ep > 1 and experts is not None and (not experts or experts % ep):
+        rule = f"must divide the model's {experts} experts" if experts else "the model has no experts"
+        remedy = "Choose a divisor" if experts else "Use 1"
+        yield RecipeError(f"{name}.dtensor_cfg.expert_parallel_size", rule, remedy, value=ep)
     if files.max_positions and files.max_positions < model.max_total_sequence_length:
         yield (
             f"{name}.max_total_sequence_length={model.max_total_sequence_length} is longer than the "

@@ -13,11 +13,11 @@ from fastkd.config.base import Section, section
 from fastkd.config.context import ContextDistillation, TraceExtractor
 from fastkd.config.data import Data, Dataset, Env, MathEnv
 from fastkd.config.distillation import Distillation, ResourceIsolation, Role, Roles
-from fastkd.config.generation import Generation, VLLMConfig
+from fastkd.config.generation import Generation, SyncProbe, VLLMConfig
 from fastkd.config.logger import Checkpointing, Cluster, Logger
 from fastkd.config.lora import LoRA
 from fastkd.config.loss import KLType, LossFn, Outside
-from fastkd.config.policy import Optimizer, Policy, Scheduler, Teacher, Tokenizer
+from fastkd.config.policy import Optimizer, Policy, Scheduler, ScoringTeacher, Teacher, Tokenizer
 from fastkd.config.quantization import Quantization
 
 __all__ = [
@@ -44,7 +44,9 @@ __all__ = [
     "RoleSizes",
     "Roles",
     "Scheduler",
+    "ScoringTeacher",
     "Section",
+    "SyncProbe",
     "Teacher",
     "Tokenizer",
     "TraceExtractor",
@@ -69,7 +71,7 @@ class Recipe(Section):
     """The divergence."""
     policy: Policy
     """The student."""
-    teacher: Teacher
+    teacher: ScoringTeacher
     """The teacher; absent keys take the value under `policy`."""
     data: Data
     """Prompts."""

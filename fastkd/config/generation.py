@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fastkd.config.base import Count, Index, NonNegative, Section, Share, derived, section
+from fastkd.config.base import Count, Index, NonNegative, Positive, Section, Share, derived, section
 
 TopP = Annotated[float, Field(gt=0, le=1)]
 """Nucleus mass: in (0, 1], 1 keeps everything."""
@@ -31,6 +31,15 @@ class VLLMConfig(Section):
     """Number format of the KV cache."""
     async_engine: bool = False
     """Use vLLM's asynchronous engine."""
+
+
+class SyncProbe(Section):
+    """Whether the engines compute with the weights they were sent (`backend: vllm`)."""
+
+    period: Index = 1
+    """Compare log-probabilities after every so many weight syncs, and after the first; 0 = never."""
+    tolerance: Positive | None = None
+    """Mean difference in nat per token beyond which the run stops; null = by the engines' number format."""
 
 
 class ColocatedResources(Section):
@@ -78,6 +87,8 @@ class Generation(Section):
     """Settings of the vLLM engines."""
     vllm_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of vLLM's `LLM`."""
+    sync_probe: SyncProbe = section(SyncProbe)
+    """The check after a weight sync."""
     colocated: Colocated = section(Colocated)
     """Shared or separate GPUs."""
 

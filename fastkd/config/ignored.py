@@ -24,7 +24,6 @@ class IgnoredKey(NamedTuple):
 
 
 _ONE_BACKEND = "sharding is torch DTensor and FSDP2, set by dtensor_cfg; Megatron settings are not read"
-_DENSE = "mixtures of experts are not sharded by expert"
 _FUSED = "the fused head never materialises logits, so it needs no chunk size"
 _FROZEN = "the teacher is frozen"
 _EXACT = "the teacher is not quantised"
@@ -37,8 +36,7 @@ IGNORED: dict[str, str] = {
     "policy|teacher.dtensor_cfg._v2": "there is one implementation of sharding",
     "policy|teacher.dtensor_cfg.custom_parallel_plan": "the plan is the model's own tensor-parallel plan",
     "policy.dtensor_cfg.lora_cfg.use_triton": "adapters are plain matrix products, on every sharding",
-    "policy|teacher.dtensor_cfg.expert_parallel_size": _DENSE,
-    "policy|teacher.dtensor_cfg.moe_parallelizer": _DENSE,
+    "policy|teacher.dtensor_cfg.moe_parallelizer": "experts are spread by expert_parallel_size",
     "policy|teacher.dtensor_cfg.dp_replicate_size": "parameters are sharded over all data-parallel ranks",
     "policy|teacher.dtensor_cfg.defer_fsdp_grad_sync": "gradients are reduced once per optimizer step anyway",
     "policy|teacher.dtensor_cfg.clear_cache_every_n_steps": "the allocator's cache is not cleared by step",
@@ -66,7 +64,7 @@ IGNORED: dict[str, str] = {
     "policy|teacher.quant_fold_frozen_weight_snap": "rollouts are sampled from folded weights in any case",
     "policy.generation.quant_cfg": "rollouts are sampled from what policy.quant_cfg makes of the student",
     "policy|teacher.draft": "draft models are not trained",
-    "policy|teacher.router_replay": _DENSE,
+    "policy|teacher.router_replay": "the student routes its tokens itself in training, as it does in sampling",
     "policy|teacher.refit_buffer_size_gb": _SYNC,
     "policy.generation.refit_transport": _SYNC,
     "policy.generation.refit_cfg": _SYNC,
@@ -75,7 +73,7 @@ IGNORED: dict[str, str] = {
     "policy.generation.port_range_high": "free ports are chosen by the system",
     "policy.generation.vllm_cfg.refit_with_reload_api": _SYNC,
     "policy.generation.vllm_cfg.distributed_executor_backend": "the workers of an engine are processes of its node",
-    "policy.generation.vllm_cfg.expert_parallel_size": _DENSE,
+    "policy.generation.vllm_cfg.expert_parallel_size": "engines split experts by tensor_parallel_size",
     "policy.generation.vllm_cfg.logprobs_mode": "log-probabilities of the sampler are not used",
     "policy.generation.vllm_cfg.load_format": _SYNC,
     "policy.generation.vllm_cfg.skip_tokenizer_init": "engines get token ids and return token ids",

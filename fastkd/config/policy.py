@@ -33,6 +33,8 @@ class DTensorConfig(Section):
     """GPUs that split every layer."""
     context_parallel_size: Count = 1
     """GPUs that split every sequence."""
+    expert_parallel_size: Count = 1
+    """GPUs that share one set of the experts of a mixture-of-experts model, of all GPUs that hold the model."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence inside a tensor-parallel group."""
     activation_checkpointing: bool = False
@@ -115,7 +117,7 @@ class Scheduler(Section):
 
 
 class Teacher(Section):
-    """The teacher. Every key that is absent takes the value of the same key under `policy`."""
+    """A model and how it scores."""
 
     model_name: str = Field(min_length=1)
     """Hugging Face id or folder of the model."""
@@ -149,6 +151,13 @@ class Teacher(Section):
     @property
     def _token_budget(self) -> SequencePacking | DynamicBatching | None:
         return next((one for one in (self.sequence_packing, self.dynamic_batching) if one.enabled), None)
+
+
+class ScoringTeacher(Teacher):
+    """The teacher. Every key that is absent takes the value of the same key under `policy`, but for `backend`."""
+
+    backend: Literal["fastkd", "vllm"] = "fastkd"
+    """Who scores: fastkd's own sharded teacher, or vLLM (slower; for a model that fastkd cannot shard)."""
 
 
 class Policy(Teacher, QuantizationKeys):

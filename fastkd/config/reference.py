@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from fastkd.config import Recipe, Teacher
+from fastkd.config import Recipe, ScoringTeacher, Teacher
 from fastkd.config.base import Section, items_of, section_of
 from fastkd.config.ignored import IGNORED
 
@@ -53,9 +53,14 @@ def reference() -> str:
     for name, field in Recipe.model_fields.items():
         kind = section_of(field.annotation)
         assert kind is not None  # every top-level key is a section
-        if kind is Teacher:
-            keys = ", ".join(f"`{key}`" for key in kind.model_fields)
-            lines.append(f"## teacher\n\n{_text(kind.__doc__)}\n\nKeys, as under `policy`: {keys}.\n")
+        if kind is ScoringTeacher:
+            keys = ", ".join(f"`{key}`" for key in Teacher.model_fields)
+            (own,) = kind.model_fields.keys() - Teacher.model_fields.keys()
+            field = kind.model_fields[own]
+            lines.append(
+                f"## teacher\n\n{_text(kind.__doc__)}\n\nKeys, as under `policy`: {keys}. And `{own}` "
+                f"({_words(field.annotation, field.metadata)}, default {_default(field)}): {_text(field.description)}\n"
+            )
         else:
             lines += _tables(name, kind, "##")
     lines.append(_ignored())

@@ -36,6 +36,16 @@ class Compute:
     flash: bool = True
     """FlashAttention (CUDA, half precision). Elsewhere sequences are gathered into rows and attention's output is
     scattered back, which keeps it twice."""
+    quantized: tuple[bool, bool] = (False, False)
+    """q, k and v read one quantised input; gate and up do."""
+
+    @property
+    def inputs(self) -> int:
+        """Copies of the stream that q, k, v, gate and up keep: one of each group, or under autocast each its own."""
+        attention, mlp = self.quantized
+        if not self.autocast:
+            return 2
+        return (1 if attention else 3) + (1 if mlp else 2)
 
     @property
     def stream(self) -> int:
@@ -63,11 +73,13 @@ def block_saved(shape: Shape, compute: Compute, split: Split) -> float:
     queries, keys = _heads(shape, split.tp)
     e = compute.size
     attention = (_normed_head_bytes(shape, compute) + e) * (queries + keys)  # before the rotation, and after it
-    attention += e * keys + (1 if compute.flash else 2) * e * queries  # values, output
+    # Values, and the output, which is the next layer's input too unless that is quantised.
+    attention += e * keys + (1 if compute.flash and not compute.quantized[0] else 2) * e * queries
     attention += 4 * queries / shape.head_dim  # attention's logsumexp
     if shape.experts:
         active, inner = shape.experts_per_token, shape.expert_inner
-        mlp = active * (2 * e * D + 4 * e * inner / split.tp) + 4 * shape.experts
+        # The tensor-parallel ranks work on a part of the tokens each.
+        mlp = (active * (2 * e * D + 4 * e * inner) + 4 * shape.experts) / split.tp
     else:
         mlp = 4 * e * shape.inner / split.tp
     return normed * D + linear_inputs * D + attention + mlp
@@ -78,13 +90,11 @@ def _norms(shape: Shape, compute: Compute, split: Split) -> tuple[float, float]:
     e, s = compute.size, compute.stream
     if shape.model_type in _WIDE_NORMS:
         # Norms behind the layers, in float32 to the end: input and normalised values; the layers' input is the stream.
-        norm, inputs = 4 + 4, 5 * e if compute.autocast else 2 * e
-        return shape.family.norms * norm / split.stream, inputs
+        norm = 4 + 4
+        return shape.family.norms * norm / split.stream, compute.inputs * e
     normalised = s  # before the weight
     norm = 4 + normalised
-    # q, k, v read one tensor, gate and up another. Autocast makes a copy for each of the five instead.
-    inputs = 5 * e if compute.autocast else 2 * e
-    return shape.family.norms * norm / split.stream, inputs
+    return shape.family.norms * norm / split.stream, compute.inputs * e
 
 
 def _normed_head_bytes(shape: Shape, compute: Compute) -> int:
@@ -112,26 +122,47 @@ def ends_saved(shape: Shape, compute: Compute, split: Split) -> float:
     """Bytes per token outside the blocks: the final norm, the head's input, and the rotation's sines and cosines."""
     normalised = 4 if shape.model_type in _WIDE_NORMS else compute.stream
     norm = (4 + normalised + compute.stream) * shape.hidden / split.stream
-    rotation = 2 * compute.stream * shape.head_dim
-    return norm + rotation + (compute.size * shape.hidden if compute.autocast else 0)
+    return norm + rotation_saved(shape, compute) + (compute.size * shape.hidden if compute.autocast else 0)
+
+
+def rotation_saved(shape: Shape, compute: Compute) -> float:
+    """Bytes per token of sines and cosines: of ``ends_saved``, what lasts until the first block's backward."""
+    return 2.0 * compute.stream * shape.head_dim
 
 
 def backward_workspace(shape: Shape, compute: Compute, split: Split) -> float:
-    """Bytes per token of gradients in flight inside one block's backward: of the MLP's four tensors, and float32 ones
-    of a norm."""
+    """Bytes per token of gradients in flight inside one block's backward, beyond what it frees meanwhile: of the MLP's
+    tensors, and float32 ones of a norm."""
     inner = shape.experts_per_token * shape.expert_inner if shape.experts else shape.inner
-    mlp = 3 * compute.size * inner / split.tp + 2 * compute.size * shape.hidden
+    # Of product, activation and up projection; the product itself is freed when its gradient is known.
+    mlp = 2 * compute.size * inner / split.tp + 2 * compute.size * shape.hidden
     norm = (2 * compute.stream + 3 * 4) * shape.hidden / split.stream
     return max(mlp, norm)
 
 
-def forward_workspace(shape: Shape, compute: Compute, split: Split) -> float:
-    """Bytes per token at the widest place of a forward without gradients."""
-    e, D = compute.size, shape.hidden
+def forward_workspace(shape: Shape, compute: Compute, split: Split, *, prompt: int = 0) -> float:
+    """Bytes per token at the widest place of a forward without gradients.
+
+    Args:
+        prompt: tokens of each sequence when a cache is filled with transformers' own attention, which repeats keys and
+            values for every query head and makes a mask; 0: packed sequences.
+    """
+    e, s, D = compute.size, compute.stream, shape.hidden
     inner = shape.experts_per_token * shape.expert_inner if shape.experts else shape.inner
     queries, keys = _heads(shape, split.tp)
-    stream = compute.stream * D / split.stream
-    mlp = e * D + 3 * e * inner / split.tp
-    norm = 3 * 4 * D / split.stream
-    attention = e * D + 2 * e * queries + 4 * queries + 2 * e * keys
-    return stream + max(mlp, norm, attention)
+    stream = s * D / split.stream
+    normed = e * D + (s * D if compute.autocast else 0)
+    rotation = rotation_saved(shape, compute)
+    if prompt:
+        repeated = 2 * e * queries if queries > keys else (2 * e * keys if compute.autocast else 0)
+        attention = s * queries + repeated + e * queries + (1 + e) * prompt
+    else:
+        attention = s * (queries + keys) + e * keys + e * queries + 4 * queries / shape.head_dim
+        attention += 0 if compute.flash else e * (queries + 2 * keys)  # gathered into rows
+    # A CPU without bfloat16 units sums a product in float32 first.
+    product = max(3 * e, 2 * e + 4 if e < 4 and not compute.flash else 0) * inner / split.tp
+    # The embeddings are the trunk's, and a block's input its caller's, until they return; after attention there is
+    # another sum besides.
+    mlp = 2 * stream + normed + product
+    norm = 2 * stream + 3 * 4 * D / split.stream
+    return rotation + (stream if shape.layers > 1 else 0.0) + max(mlp, norm, stream + normed + attention)

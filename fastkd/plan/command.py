@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastkd.errors import RecipeError, UserError
 from fastkd.plan.assemble import Plan, plan_of
+from fastkd.plan.here import here
 from fastkd.plan.rates import load_rates
 from fastkd.plan.splits import Proposal, better_splits
 from fastkd.recipe import LoadedRecipe
@@ -21,7 +22,7 @@ class PlanOptions:
     """What the command line asks of a plan."""
 
     device: str = ""
-    """A name of the table of rates; empty: its default."""
+    """A name of the table of rates; empty: this machine's GPU, or the table's default."""
     rates: str | None = None
     """A file over that table."""
     json: bool = False
@@ -55,7 +56,8 @@ def run_plan(loaded: LoadedRecipe, options: PlanOptions) -> None:
         UserError: an option is wrong.
     """
     cpu = not loaded.recipe.cluster.gpus_per_node
-    plan = plan_of(loaded, load_rates(options.device, options.rates, cpu=cpu))
+    device = options.device or ("" if cpu else here())
+    plan = plan_of(loaded, load_rates(device, options.rates, cpu=cpu))
     proposals = better_splits(plan) if options.sweep else []
     if options.json:
         tree = {"recipe": str(loaded.path), **plan.to_json()}
@@ -73,6 +75,9 @@ def run_plan(loaded: LoadedRecipe, options: PlanOptions) -> None:
         print(json.dumps(tree, indent=2))
     else:
         _show(loaded, plan, proposals if options.sweep else None)
+        if not options.device and not cpu:
+            name = plan.layout.rates.device.name
+            print(f"device       {name}: " + ("this machine's" if device else "the default, no known GPU is here"))
     if options.chart:
         _draw(plan, options.chart, loaded.path.stem, say=not options.json)
 

@@ -2,15 +2,18 @@
 
 vLLM takes ``gpu_memory_utilization`` of the device; what weights and the engine's own buffers leave of it is KV cache,
 2 · layers · key/value heads · head size · bytes per token, divided over the tensor and pipeline ranks. The embedded
-backend (transformers) decodes ``generation_batch_size`` rows with the student's own weights and a cache that grows.
+backend (transformers) decodes ``generation_batch_size`` rows with the student's own weights and a cache that grows;
+its moments are the pass over the prompts ("prompts") and the last token ("sampling").
 """
 
 from __future__ import annotations
 
 import math
 
+from fastkd.plan import activations
+from fastkd.plan.activations import Compute, Split
 from fastkd.plan.layout import SIZES, Layout
-from fastkd.plan.memory import RoleMemory, outside
+from fastkd.plan.memory import RoleMemory, compute_of, matrices, outside
 from fastkd.plan.rates import GIB
 from fastkd.plan.shapes import Shape
 from fastkd.plan.split import after_tensor_parallel
@@ -21,7 +24,10 @@ _VOCAB_ALIGN = 64
 
 
 def generation(layout: Layout) -> RoleMemory:
-    """The generation role on one device."""
+    """The generation role on one device; nothing in a run on texts that exist."""
+    if layout.recipe.data.blend.enabled:
+        facts = ("bytes of a cached token", "longest sequences held", "mean sequences held")
+        return RoleMemory("generation", {"none": {}}, facts=dict.fromkeys(facts, 0.0))
     return _vllm(layout) if layout.recipe.policy.generation.backend == "vllm" else _embedded(layout)
 
 
@@ -67,23 +73,34 @@ def _vllm(layout: Layout) -> RoleMemory:
 
 
 def _embedded(layout: Layout) -> RoleMemory:
-    policy, shape = layout.recipe.policy, layout.student
-    # transformers keeps the cache in the compute precision; a layer's is copied while it grows.
-    per_token = shape.key_value_bytes(SIZES[policy.precision])
-    loop = layout.recipe.distillation
+    policy, shape, cpu = layout.recipe.policy, layout.student, layout.rates.device.is_cpu
+    loop, e = layout.recipe.distillation, SIZES[policy.precision]
     batch = min(policy.generation_batch_size, loop.batch_size)
     if layout.recipe.validation_enabled:
         batch = max(batch, min(loop.val_batch_size, loop.max_val_samples or loop.val_batch_size))
-    cache = float(batch * policy.max_total_sequence_length * per_token) * (1 + 1 / shape.layers)
-    logits = 3.0 * 4 * batch * shape.vocab
-    weights = 0.0
-    if not layout.train.alone:  # a sharded student cannot generate: the engines have weights of their own
-        weights = engine_weights(shape, 1, 1, SIZES[policy.precision])
-    rows = {"parameters": weights, "KV cache": cache, "engine": logits}
-    moments = outside({"sampling": rows}, layout, "generation")
+    weights = copies = 0.0
+    compute = Compute(e)
+    if layout.train.alone:
+        compute = compute_of(policy, layout.train, cpu, masters=not policy.dtensor_cfg.lora_cfg.enabled)
+        if compute.autocast:
+            copies = float(e * (matrices(shape) + shape.vocab * shape.hidden))  # made anew for every token
+    else:  # a sharded student cannot generate: the engines have weights of their own
+        weights = engine_weights(shape, 1, 1, e)
+    total = policy.max_total_sequence_length
+    prompt = max(1, min(layout.recipe.data.max_input_seq_length, total - 1))
+    # Keys are rotated in the residual stream's precision; values are as the layer leaves them.
+    keys = float(shape.layers * shape.kv_heads * shape.head_dim)
+    per_token = keys * (compute.stream + e)
+    growing = keys / shape.layers * compute.stream  # a layer's, copied when a token is added
+    first = activations.forward_workspace(shape, compute, Split(), prompt=prompt)
+    common = {"parameters": weights + copies, "engine": 3.0 * 4 * batch * shape.vocab}
+    moments = {
+        "prompts": common | {"KV cache": float(batch * prompt * per_token), "activations": batch * prompt * first},
+        "sampling": common | {"KV cache": float(batch * total * per_token), "activations": batch * total * growing},
+    }
     return RoleMemory(
         "generation",
-        moments,
+        outside(moments, layout, "generation"),
         facts={
             "bytes of a cached token": float(per_token),
             "longest sequences held": float(batch),

@@ -33,6 +33,8 @@ class Mesh:
     cp: int = 1
     dp: int = 1
     per_node: int = 1
+    ep: int = 1
+    """Devices that share one set of the experts."""
 
     @property
     def shards(self) -> int:
@@ -46,6 +48,7 @@ class Mesh:
 
     def __str__(self) -> str:
         parts = [f"TP{self.tp}", *([f"CP{self.cp}"] if self.cp > 1 else []), f"DP{self.dp}"]
+        parts += [f"EP{self.ep}"] if self.ep > 1 else []
         return " ".join(parts)
 
 
@@ -122,7 +125,13 @@ class Layout:
         policy, teacher = self.recipe.policy, self.recipe.teacher
         if self.recipe.distillation.context_distillation.shares_weights:
             return True
-        keys = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel", "cpu_offload")
+        keys = (
+            "tensor_parallel_size",
+            "context_parallel_size",
+            "expert_parallel_size",
+            "sequence_parallel",
+            "cpu_offload",
+        )
         return (
             policy.dtensor_cfg.lora_cfg.enabled
             and (policy.model_name, policy.precision) == (teacher.model_name, teacher.precision)
@@ -170,6 +179,17 @@ def _misfits(recipe: Recipe, student: Shape, teacher: Shape) -> Iterator[RecipeE
                 f"Use one of {', '.join(legal)}",
                 value=degree,
             )
+    for where, model, shape, devices in (
+        ("policy", recipe.policy, student, recipe.role_sizes.training),
+        ("teacher", recipe.teacher, teacher, recipe.role_sizes.teacher),
+    ):
+        key, ep = f"{where}.dtensor_cfg.expert_parallel_size", model.dtensor_cfg.expert_parallel_size
+        if ep > 1 and not shape.experts:
+            yield RecipeError(key, f"{shape.name} has no experts", "Use 1", value=ep)
+        elif ep > 1 and (shape.experts % ep or devices % ep):
+            legal = [str(one) for one in range(1, shape.experts + 1) if not (shape.experts % one or devices % one)]
+            rule = f"must divide the {shape.experts} experts of {shape.name} and the {devices} devices that hold it"
+            yield RecipeError(key, rule, f"Use one of {', '.join(legal)}", value=ep)
     kept, vocab = recipe.distillation.topk_logits_k, min(student.vocab, teacher.vocab)
     if kept > vocab:
         rule = f"K cannot exceed the smaller vocabulary, {vocab} tokens"
@@ -198,7 +218,8 @@ def arrange(recipe: Recipe, rates: Rates, student: Shape, teacher: Shape) -> Lay
 
 def _mesh(model: Teacher, devices: int, per_node: int) -> Mesh:
     tp, cp = model.dtensor_cfg.tensor_parallel_size, model.dtensor_cfg.context_parallel_size
-    return Mesh(devices, tp, cp, max(devices // (tp * cp), 1), per_node)
+    ep = model.dtensor_cfg.expert_parallel_size
+    return Mesh(devices, tp, cp, max(devices // (tp * cp), 1), per_node, ep)
 
 
 def _lengths(recipe: Recipe, rates: Rates) -> Lengths:

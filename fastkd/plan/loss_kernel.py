@@ -12,14 +12,15 @@ Letters: A rows that count, c rows of a chunk, D hidden, Vl vocabulary rows of t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 CHUNK_BYTES = {"cpu": 160 << 20, "cuda": 1 << 30}
 ALIGN = 16
 KEPT_TEMPORARIES = {"cpu": 12, "cuda": 5}
-_LANES = 4096
+_LANE_MULTIPLE = 12
 _SELECT_BYTES = 40 << 20
-"""Logits that the CPU selects from at a time; it needs about a quarter of that again."""
+"""Logits that the CPU selects from at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,14 @@ def chunk_rows(rows: int, row_bytes: int, chunk_bytes: int) -> tuple[int, int]:
     most = max(1, chunk_bytes // max(1, row_bytes))
     count = -(-rows // most)
     return -(-rows // count), count
+
+
+def lanes(columns: int, kept: int) -> tuple[int, int]:
+    """(ids per lane, lanes) that the top-K deals the columns to: ``kernels/row_topk.py``."""
+    each = math.isqrt(columns // (2 * kept)) if kept else 1
+    if each < 2 or columns < 4 * _LANE_MULTIPLE:
+        return 1, columns
+    return each, -(-math.ceil(columns / each) // _LANE_MULTIPLE) * _LANE_MULTIPLE
 
 
 def loss_buffers(
@@ -105,11 +114,14 @@ def topk_buffers(*, active: int, hidden: int, columns: int, kept: int, size: int
     Args: as of :func:`loss_buffers`; ``tp``: ranks that exchange candidates.
     """
     kind = "cpu" if cpu else "cuda"
-    lanes = -(-columns // _LANES) * _LANES if columns > 2 * _LANES else columns  # rows are padded to full lanes
-    width = leading(lanes)
+    each, many = lanes(columns, kept)
+    width = leading(each * many)  # rows are padded to full lanes
     reserved = CHUNK_BYTES[kind] // 4 if cpu and size < 4 else 0
     c, _ = chunk_rows(active, width * 4, CHUNK_BYTES[kind] - reserved)
-    scratch = min(reserved, columns * hidden * 4) + (min(_SELECT_BYTES, c * width * 4) // 4 if cpu else 0)
+    scratch = min(reserved, columns * hidden * 4)
+    if cpu:  # maxima and sums of lanes, candidates of the best ones, and some 16 numbers for each of the K
+        selected = min(c, max(1, _SELECT_BYTES // (width * 4)))
+        scratch += selected * ((8 * many + 4 * each * (kept + 1) if each > 1 else 0) + 64 * kept)
     results = active * (kept * 8 + 8)
     merged = 3 * results if tp > 1 else 0  # candidates sent, received, and gathered again
     return active * hidden * size + c * width * 4 + scratch + results + merged

@@ -23,6 +23,7 @@ ROWS = (
     "running mean",
     "all-gather",
     "gradients in flight",
+    "quantised weights",
     "activations",
     "loss kernel",
     "top-k kernel",

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import yaml
 
-from fastkd.checks.model_files import find_folder
 from fastkd.errors import ModelError
+from fastkd.model_files import find_folder
 
 Split = Literal["columns", "rows", "keys", "whole"]
 """How tensor parallelism cuts a tensor: by outputs, by inputs, by key/value heads (outputs; replicated where there are

@@ -135,6 +135,8 @@ def sampling(layout: Layout, memory: RoleMemory, *, sequences: int | None = None
         sequences: rollouts to sample; those of a step when None.
     """
     recipe, shape, engines, rates = layout.recipe, layout.student, layout.engines, layout.rates
+    if recipe.data.blend.enabled:
+        return RoleTime("generation", 0.0, {"prefill": 0.0}, {"memory": 0.0}, {})
     settings, lengths = recipe.policy.generation, layout.lengths
     vllm = settings.backend == "vllm"
     precision = recipe.policy.precision
@@ -178,6 +180,8 @@ def _payload(layout: Layout) -> float:
 
 def sync_seconds(layout: Layout) -> tuple[float, float]:
     """(seconds, bytes) of the weights on their way to the engines: gathered on the first training rank and sent."""
+    if layout.recipe.data.blend.enabled:
+        return 0.0, 0.0
     if layout.train.alone and layout.engines.devices == 1 and layout.recipe.policy.generation.backend != "vllm":
         return 0.0, 0.0  # one process: the same tensors
     size = float(SIZES[layout.recipe.policy.generation.vllm_cfg.precision]) * layout.student.parameters

@@ -1,8 +1,9 @@
 """What one rank holds of a model, and what FSDP gathers at a time: the arithmetic of ``fastkd.parallel``.
 
 Tensor parallelism cuts a tensor first (``fastkd.tensor_styles``), FSDP2 cuts what is left by its first dimension over
-dp × cp ranks and pads it to equal parts. A unit is what is gathered together: each block; embedding and head apart, or
-with the final norm as one unit when they are tied; the rest with the root.
+dp × cp ranks and pads it to equal parts; experts are spread over all ranks (``fastkd.expert_parallel``). A unit is what
+is gathered together: each block; embedding and head apart, or with the final norm as one unit when they are tied; the
+rest with the root. (The experts of a block are a unit of their own; it is counted with its block.)
 """
 
 from __future__ import annotations
@@ -111,6 +112,13 @@ def _sum(tensors: list[TensorShape], shape: Shape, mesh: Mesh) -> tuple[int, int
     """(this rank's elements, elements gathered)."""
     local = gathered = 0
     for one in tensors:
+        if len(one.shape) == 3:
+            # Experts are not split by tensor parallelism: FSDP shards those of a rank over all that hold the same.
+            sets = max(mesh.tp * mesh.shards // mesh.ep, 1)
+            part = math.ceil(one.numel / (mesh.ep * sets))
+            local += part
+            gathered += part * sets
+            continue
         sizes = after_tensor_parallel(one, shape, mesh.tp)
         rest = math.prod(sizes[1:])
         part = math.ceil(sizes[0] / mesh.shards) * rest
@@ -127,7 +135,7 @@ def after_tensor_parallel(tensor: TensorShape, shape: Shape, tp: int) -> tuple[i
         split = "whole" if few else "columns"
     if split == "whole" or tp == 1:
         return tuple(sizes)
-    # Experts are [E, outputs, inputs]: the same dimensions, one further back.
+    # Experts are [E, outputs, inputs]: the same dimensions, one further back. Only engines split them so.
     axis = len(sizes) - 1 if split == "rows" else max(len(sizes) - 2, 0)
     sizes[axis] = math.ceil(sizes[axis] / tp)
     return tuple(sizes)

@@ -14,8 +14,9 @@ Letters: N tokens of a micro-batch on this rank, A rows that count, P parameters
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from fastkd.plan import activations, loss_kernel
+from fastkd.plan import activations, loss_kernel, quantized
 from fastkd.plan.activations import Compute, Split
 from fastkd.plan.layout import SIZES, Layout, Mesh, largest_microbatch
 from fastkd.plan.memory import STATE, RoleMemory, compute_of, matrices, most_active, optimizer_states, outside
@@ -30,6 +31,7 @@ def student(layout: Layout) -> RoleMemory:
     lora = settings.lora_cfg if settings.lora_cfg.enabled else None
     size = SIZES[policy.precision]
     compute = compute_of(policy, mesh, cpu, masters=lora is None)
+    compute = replace(compute, quantized=quantized.inputs(shape, policy.quantization))
     split = Split(mesh.tp, settings.sequence_parallel and mesh.tp > 1)
     own = held(shape, mesh, lora)
     kept = layout.recipe.distillation.topk_logits_k
@@ -66,14 +68,26 @@ def student(layout: Layout) -> RoleMemory:
     )
     common = state | {"teacher rows": float(loss_kernel.teacher_rows(active, kept))}
     forward = {"activations": lean if recompute else whole, "loss kernel": float(loss.peak)}
-    workspace = tokens * activations.backward_workspace(shape, compute, split)
+    # The final norm is done by then.
+    freed = tokens * (ends - activations.rotation_saved(shape, compute))
+    workspace = tokens * activations.backward_workspace(shape, compute, split) - freed
     backward = {"activations": (lean + tokens * one_block if recompute else whole) + workspace}
-    reduction = {"activations": lean if recompute else whole - tokens * one_block}
-    after = {"activations": workspace}
+    reduction = {"activations": (lean if recompute else whole - tokens * one_block) - freed}
+    after = {"activations": workspace + freed}
+
+    one = size * quantized.weights_of_a_block(shape, mesh, policy.quantization)
+    if not compute.autocast:  # there they stand in for its copies, but are not kept when blocks are recomputed
+        forward["quantised weights"] = 0.0 if recompute else shape.layers * one
+        backward["quantised weights"] = one if recompute else shape.layers * one
+        if recompute and cpu:
+            backward["quantised weights"] += quantized.emulation(shape, mesh, policy.quantization)
+        reduction["quantised weights"] = 0.0 if recompute else (shape.layers - 1) * one
 
     parts = {"loss": forward, "backward": backward, "reduction": reduction, "embedding": after}
     moments = {name: common | part for name, part in parts.items()}
     _alone(moments, shape, size, compute, recompute) if mesh.alone else _gathered(moments, own, size, mesh, loss)
+    if compute.autocast and recompute:
+        moments["loss"]["parameters"] -= shape.layers * one
     moments["optimizer"] = state | {
         "optimizer": states * trained + _optimizer_workspace(shape, own, policy.optimizer.kwargs, cpu)
     }

@@ -38,6 +38,9 @@ def _roles(plan: Plan) -> Table:
     for role, form in rows:
         shape = layout.teacher if role == "teacher" else layout.student
         shared = " (the student's own weights)" if role == "teacher" and layout.teacher_shares_weights else ""
+        if role == "generation" and layout.recipe.data.blend.enabled:
+            table.add_row(role, "-", "none: texts that exist", "", "")
+            continue
         table.add_row(role, str(layout.devices(role)), str(form), shape.name + shared, f"{shape.parameters:,}")
     return table
 
@@ -125,6 +128,8 @@ def verdict(plan: Plan) -> list[str]:
         f"run          {loop.max_num_steps} steps and {plan.validations} validations: "
         f"{plan.run_seconds / 3600:,.1f} hours, {plan.device_hours:,.1f} device-hours on {layout.all_devices}",
     ]
+    if recipe.data.blend.enabled:  # nothing is cached, and no weights are sent
+        lines = [line for line in lines if not line.startswith(("KV cache", "sync"))]
     tight = plan.tight
     return [*lines, f"fits         {'yes' if not tight else 'no: ' + ', '.join(tight)}"]
 
@@ -168,13 +173,9 @@ def assumptions(plan: Plan) -> list[str]:
         + ("" if layout.rates.device.is_cpu else f" {assumed['context_gib']} GiB outside tensors."),
         "Change either with --rates FILE (docs/plan.md), the device with --device NAME.",
     ]
-    if layout.recipe.policy.quant_cfg:
-        lines.append("policy.quant_cfg: the quantised copies of weights and inputs are not counted.")
     for shape in {layout.student.name: layout.student, layout.teacher.name: layout.teacher}.values():
         if shape.assumed:
             lines.append(f"{shape.name}: model_type {shape.model_type!r} is counted as a plain gated decoder.")
-        if shape.experts and max(layout.train.devices, layout.score.devices) > 1:
-            lines.append(f"{shape.name}: this version loads models with experts on one device only.")
     return lines
 
 

@@ -19,15 +19,16 @@ def teacher(layout: Layout) -> RoleMemory:
     compute = compute_of(model, mesh, cpu, masters=shared and not layout.recipe.policy.dtensor_cfg.lora_cfg.enabled)
     split = Split(mesh.tp, model.dtensor_cfg.sequence_parallel and mesh.tp > 1)
     own = held(shape, mesh, trained=False)
-    tokens = largest_microbatch(model, model.max_total_sequence_length, training=False) / mesh.cp
-    active = int(most_active(layout, tokens))
-    state = {"parameters": 0.0 if shared else float(size * own.frozen)}
-    # Rows of a whole step lie on the device until all of this rank's sequences are scored.
+    # A step has so many rollouts on this rank, and no micro-batch more than they have tokens.
     rollouts = -(-loop.batch_size // mesh.dp)
-    rows = float(
-        loss_kernel.teacher_rows(rollouts * layout.recipe.policy.generation.max_new_tokens, loop.topk_logits_k)
-    )
-    common = state | {"teacher rows": rows}
+    responses = rollouts * layout.recipe.policy.generation.max_new_tokens
+    tokens = largest_microbatch(model, model.max_total_sequence_length, training=False) / mesh.cp
+    tokens = min(tokens, rollouts * model.max_total_sequence_length / mesh.cp)
+    active = int(min(most_active(layout, tokens), responses))
+    state = {"parameters": 0.0 if shared else float(size * own.frozen)}
+    # Rows lie on the device until all of this rank's sequences are scored; those of the last micro-batch are results
+    # of the top-k.
+    common = state | {"teacher rows": float(loss_kernel.teacher_rows(max(responses - active, 0), loop.topk_logits_k))}
     hidden = tokens * compute.stream * shape.hidden
     kernel = loss_kernel.topk_buffers(
         active=active,

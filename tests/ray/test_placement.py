@@ -67,10 +67,13 @@ def test_isolated_roles_share_no_node(cluster, placement):
     where = {}
     for role in ("training", "generation", "teacher"):
         slots = placement.slots(role)
-        real = table[slots.group.id.hex()]["bundles_to_node_id"]
-        assert [real[bundle] for bundle in slots.bundles] == [node.id for node in slots.nodes]
+        real = [
+            table[group.id.hex()]["bundles_to_node_id"][bundle]
+            for group, bundle in zip(slots.groups, slots.bundles, strict=True)
+        ]
+        assert real == [node.id for node in slots.nodes]
         assert len(slots) == 2
-        where[role] = set(real.values())
+        where[role] = set(real)
     assert not where["training"] & where["teacher"] and not where["teacher"] & where["generation"]
     assert len(set.union(*where.values())) == 3
     assert placement.marker() == "Isolated clusters created: train=1x2slots, inference=1x2slots, teacher=1x2slots"
@@ -88,7 +91,7 @@ def test_engines_and_the_marker_line(cluster, isolated):
     with Placement(recipe, cpu_slots=2) as made:
         engines = made.slots("generation")
         assert (len(engines), engines.per_worker, engines.bundles) == (1, 2, (0,))
-        assert engines.group.bundle_specs == [{"fastkd_slot": 2}]
+        assert engines.groups[0].bundle_specs == [{"fastkd_slot": 2}]
     with pytest.raises(UserError, match=r"tensor_parallel_size=2.*does not fit the 1 devices"):
         Placement(recipe, cpu_slots=1)
 
@@ -96,7 +99,7 @@ def test_engines_and_the_marker_line(cluster, isolated):
 def test_devices_in_turn(cluster):
     with Placement(other(1, 0), cpu_slots=2) as made:
         parts = [made.slots(role) for role in ("training", "teacher", "generation")]
-        assert {slots.group.id for slots in parts} == {made.groups[0].id}
+        assert {group.id for slots in parts for group in slots.groups} == {made.groups[0][0].id}
         assert [slots.bundles for slots in parts] == [(0, 1)] * 3
         assert 0.99 < sum(slots.per_worker for slots in parts) <= 1
         assert made.marker() == "Clusters created: train+teacher+inference=1x2slots"

@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 
-from fastkd import runner
-from fastkd.actors import WorkerDied
+from fastkd import ray_roles, runner
+from fastkd.actors import NodeLost, WorkerDied
+from fastkd.placement import SLOT
 from fastkd.ray_roles import RayRoles
 from fastkd.recipe import load_recipe
 
@@ -143,6 +144,91 @@ def test_killed_workers_are_replaced(cluster, run, watched, tmp_path, monkeypatc
     assert watched[0].restarts == {"generation": 2, "teacher": 2, "training": 2}
     # Scored again in other company, a row may be rounded otherwise on its way: payload values have 16 bits.
     assert_same(found, wanted, 1e-3)
+
+
+@pytest.fixture
+def join(cluster):
+    """join(name): one more node of two slots, that of the last test gone."""
+    added = []
+
+    def add(name):
+        node = cluster.add_node(num_cpus=1, resources={SLOT: 2}, object_store_memory=80 << 20, node_name=name)
+        added.append(node)
+        return node
+
+    yield add
+    for node in added:
+        cluster.remove_node(node, allow_graceful=False)
+
+
+def end(node):
+    """SIGKILL of the raylet alone; the node's workers find out by themselves."""
+    (raylet,) = node.all_processes["raylet"]
+    raylet.process.kill()
+    raylet.process.wait()
+
+
+LOSSES = {1: ("train", "teacher"), 2: ("collect", "generation"), 3: ("train", "training")}
+"""Step → the verb of the loop that has just begun, and whose node goes."""
+
+
+def disturb(monkeypatch, losses, nodes):
+    """Kill the node of a role at the beginning of a verb; nodes: by name. The steps in which that was done."""
+    done, current, take_step = [], [0], runner.Runner.step
+
+    def step(self):
+        current[0] = self.step_number + 1
+        return take_step(self)
+
+    def disturbed(verb, original):
+        def call(self, *args):
+            if losses.get(current[0], ("", ""))[0] == verb and current[0] not in done:
+                done.append(current[0])
+                end(nodes[self.pools[losses[current[0]][1]].slots.nodes[0].name])
+            return original(self, *args)
+
+        return call
+
+    monkeypatch.setattr(runner.Runner, "step", step)
+    for verb in ("collect", "train"):
+        monkeypatch.setattr(RayRoles, verb, disturbed(verb, getattr(RayRoles, verb)))
+    return done
+
+
+def test_lost_nodes_are_replaced(cluster, run, watched, join, tmp_path, monkeypatch):
+    """Every role loses its node once; the figures are those of a run that nobody disturbs."""
+    wanted = run("arithmetic_cpu.yaml", tmp_path / "alone")
+    # Their names come first: the three other nodes are the spare ones.
+    nodes = {name: join(name) for name in ("lost-1", "lost-2", "lost-3")}
+    done = disturb(monkeypatch, LOSSES, nodes)
+    found = run("arithmetic_ray_cpu.yaml", tmp_path / "run")
+    assert done == [1, 2, 3]
+    (roles,) = watched
+    assert roles.restarts == {"generation": 1, "teacher": 1, "training": 1}  # both of its engines went with the node
+    assert {node.name for pool in roles.pools.values() for node in pool.slots.nodes} == {"node-1", "node-2", "node-3"}
+    # Scored again in other company, a row may be rounded otherwise on its way: payload values have 16 bits.
+    assert_same(found, wanted, 1e-3)
+
+
+def test_without_another_node_the_run_ends_and_resumes(cluster, run, alone, join, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_roles, "NODE_SECONDS", 1.0)
+    with monkeypatch.context() as patch:
+        done = disturb(patch, {3: ("collect", "teacher")}, {"other-1": join("other-1")})
+        with pytest.raises(NodeLost) as caught:
+            run(
+                "arithmetic_ray_cpu.yaml",
+                tmp_path,
+                "checkpointing.save_period=9",
+                'cluster.exclude_nodes=["node-3"]',
+            )
+    assert done == [3]
+    text = str(caught.value)
+    assert "teacher rank 0 on other-1: the node is gone, and no node took its place within 1 s" in text
+    assert "teacher needs 2 slots for each of other-1" in text and "node-1 (2)" in text
+    assert caught.value.__cause__ is None  # exit code 1: it is no mistake of the user's
+    assert [line["step"] for line in reproducible(tmp_path)] == [0, 1, 2]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_2"]  # saved as it ended
+    assert_same(run("arithmetic_ray_cpu.yaml", tmp_path, "checkpointing.save_period=9"), alone)
 
 
 def test_too_many_losses_end_the_run(cluster, run, watched, tmp_path, monkeypatch):

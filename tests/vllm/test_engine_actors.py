@@ -67,8 +67,8 @@ def test_two_engines(cluster, engines, build_folder, build_recipe, prompts, toke
         Placement(recipe, cpu_slots=2) as placement,
         RayPool(placement.slots("training"), Options(threads=1), build_student, recipe, vocab) as student,
         RayPool(
-            placement.slots("generation"), Options(False, threads=1), engine_actors.build_engine, recipe,
-            tokenizer.eos_token_id, vocab,
+            placement.slots("generation"), Options(False, threads=1, at_once=engine_actors.CALLS_AT_ONCE),
+            engine_actors.build_engine, recipe, tokenizer.eos_token_id, vocab,
         ) as pool,
     ):  # fmt: skip
 
@@ -82,28 +82,32 @@ def test_two_engines(cluster, engines, build_folder, build_recipe, prompts, toke
         whole = pool.run_all(VllmGeneration.sample, prompts[:8], request)
         assert whole[0] == whole[1], "both engines have the same weights, and a seed gives the same sample"
 
-        # Weights arrive between two short calls, while sequences are in flight.
-        (tickets,) = {tuple(one) for one in pool.run_all(VllmGeneration.submit, prompts[:8], request)}
-        first = pool.run_all(VllmGeneration.collect, 0.01)
-        student.run_all(change)
-        found, why = student.run(engine_actors.push)
-        assert not why and found["sync/probe_error"] < 1e-4 and found["sync/probe_moved"] > 0.1
-        rest = [[], []]
-        while any(some := pool.run_all(VllmGeneration.collect)):
-            rest = [one + more for one, more in zip(rest, some, strict=True)]
-        for early, late in zip(first, rest, strict=True):
-            assert sorted(ticket for ticket, _ in early + late) == list(tickets)
-            assert any(one.versions[-1][0] == 1 for _, one in late)
+        # Weights arrive while the engines sample: what is in flight is paused, kept, and goes on with the new ones.
+        mixed, version = [], 0
+        while not mixed and version < 9:
+            calls = [pool.submit_to(rank, VllmGeneration.sample, prompts[:8], request) for rank in range(2)]
+            student.run_all(change)
+            version += 1
+            found, why = student.run(engine_actors.push)
+            assert not why and found["sync/probe_error"] < 1e-4 and found["sync/probe_moved"] > 0.05
+            sampled = [one for call in calls for one in call.result()]
+            assert len(sampled) == 32 and all(one.response for one in sampled)
+            mixed = [one for one in sampled if len(one.versions) > 1]
+        assert mixed, "no push met a sequence in flight"
+        for one in mixed:
+            (old, start), (new, switch) = one.versions
+            assert (old, start, new) == (version - 1, 0, version) and 0 < switch < len(one.response)
+            assert one.weights_version == old
 
         # An engine dies: the group hears of it and goes on, and a new engine gets the weights.
         os.kill(pool.run_all(pid)[1], signal.SIGKILL)
         student.run_all(change)
         found, why = student.run(engine_actors.push)
-        assert "weights of version 2 did not reach the engines" in why
+        assert f"weights of version {version + 1} did not reach the engines" in why
         pool.restart(1)
         connect()
         found, why = student.run(engine_actors.push)
         assert not why and found["sync/probe_error"] < 1e-4
         again = pool.run_all(VllmGeneration.sample, prompts[:8], request)
         assert again[0] == again[1] and again[0] != whole[0]
-        assert {one.weights_version for one in again[1]} == {2}
+        assert {one.weights_version for one in again[1]} == {version + 1}

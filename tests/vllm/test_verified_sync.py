@@ -32,7 +32,7 @@ def change(student):
 def test_it_probes_every_second_time(precision, bound, engines, build, prompts, tokenizer):
     engine = engines("shipped", precision=precision)
     recipe, student = build(precision)
-    sync = VerifiedSync(recipe, student, Engines.local([engine]), GLOO, prompts[4].tokens, len(tokenizer), period=2)
+    sync = VerifiedSync(recipe, student, Engines.local([engine]), GLOO, prompts[4].tokens, len(tokenizer))
     found = []
     for _ in range(3):
         found.append(sync.push())

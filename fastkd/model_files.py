@@ -33,6 +33,8 @@ class ModelFiles:
     max_positions: int | None = None
     inner: int | None = None
     """Width of the MLP, of one expert's where there are experts."""
+    experts: int | None = None
+    """0 of a dense model."""
 
     def tokens_of(self, tokenizer: str) -> dict[int, str] | None:
         """{id: token} of the tokenizer of this name, or None when there is no tokenizer.json to read."""
@@ -139,6 +141,7 @@ def _facts(folder: Path | None, config: dict[str, Any]) -> ModelFiles:
         whole("num_key_value_heads") or heads,
         whole("max_position_embeddings"),
         whole("moe_intermediate_size") or whole("intermediate_size"),
+        (whole("num_experts") or whole("num_local_experts") or whole("n_routed_experts") or 0) if heads else None,
     )
 
 
