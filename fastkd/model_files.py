@@ -118,9 +118,7 @@ def read_model(key: str, name: str, needs: str = "config.json") -> ModelFiles | 
 @cache
 def _published() -> dict[str, ModelFiles]:
     """Sizes by Hugging Face id, from the table that plans use."""
-    path = Path(__file__).resolve().parents[1] / "plan" / "shapes.yaml"
-    if not path.is_file():
-        return {}
+    path = Path(__file__).resolve().parent / "plan" / "shapes.yaml"
     entries = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return {name: _facts(None, entry["config"]) for entry in entries for name in entry["names"]}
 

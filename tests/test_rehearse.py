@@ -20,7 +20,7 @@ from fastkd.rehearse.shrink import STEPS, shrink
 from fastkd.run import main
 from fastkd.runner import Runner
 
-NAMES = sorted(shipped())
+NAMES = sorted(name for name, path in shipped().items() if not load_recipe(path).recipe.data.blend.enabled)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,3 +188,8 @@ def test_options_that_do_not_go_together(capsys):
     for given in (["--rehearse", "--plan"], ["--rehearse", "--check"], ["--keep", "x"]):
         with pytest.raises(SystemExit):
             main(["recipes/arithmetic_cpu.yaml", *given])
+
+
+def test_a_blend_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"data\.blend"):
+        shrink(load_recipe(shipped()["qad_qwen3_8b"]), tmp_path)
