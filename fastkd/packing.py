@@ -176,7 +176,8 @@ def assign(bins: Bins, lengths: Sequence[int], ranks: int) -> list[Bins]:
         ranks: R.
 
     Returns:
-        R lists of bins, equally long; every index occurs exactly once. One rank gets ``bins`` as they are.
+        R lists of bins, equally long; every index occurs exactly once, and none is larger than the largest given. One
+        rank gets ``bins`` as they are.
     """
     if ranks == 1 or not bins:
         return [bins] * ranks

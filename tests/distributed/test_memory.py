@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.memory_grid import write_model
-
 WORKER = Path(__file__).with_name("memory_worker.py")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_real_ranks_memory_is_the_plans(ranks, tmp_path, launch):
+    from benchmarks.memory_grid import write_model  # where ``launch`` looks too
+
     write_model(tmp_path, vocab=5001, hidden=256, layers=2)
     launch(WORKER, ranks, tmp_path)

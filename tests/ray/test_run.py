@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections import Counter
 
@@ -223,7 +224,8 @@ def test_without_another_node_the_run_ends_and_resumes(cluster, run, alone, join
             )
     assert done == [3]
     text = str(caught.value)
-    assert "teacher rank 0 on other-1: the node is gone, and no node took its place within 1 s" in text
+    # Whichever of its two ranks was heard of first.
+    assert re.search(r"teacher rank [01] on other-1: the node is gone, and no node took its place within 1 s", text)
     assert "teacher needs 2 slots for each of other-1" in text and "node-1 (2)" in text
     assert caught.value.__cause__ is None  # exit code 1: it is no mistake of the user's
     assert [line["step"] for line in reproducible(tmp_path)] == [0, 1, 2]
