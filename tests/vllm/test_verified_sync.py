@@ -13,8 +13,8 @@ from fastkd.weight_sync import GLOO, Engines
 
 @pytest.fixture
 def build(build_folder, build_recipe, tokenizer):
-    def make(precision="float32"):
-        recipe = build_recipe(build_folder("shipped"), precision)
+    def make(precision="float32", period=1):
+        recipe = build_recipe(build_folder("shipped"), precision, sync_probe={"period": period})
         return recipe, Student(recipe, torch.device("cpu"), len(tokenizer))
 
     return make
@@ -31,7 +31,7 @@ def change(student):
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-4), ("bfloat16", 0.02)])
 def test_it_probes_every_second_time(precision, bound, engines, build, prompts, tokenizer):
     engine = engines("shipped", precision=precision)
-    recipe, student = build(precision)
+    recipe, student = build(precision, period=2)
     sync = VerifiedSync(recipe, student, Engines.local([engine]), GLOO, prompts[4].tokens, len(tokenizer))
     found = []
     for _ in range(3):
