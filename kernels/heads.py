@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd._kernels import pages
 from fastkd._kernels.gemm import HeadGemms
 from fastkd._kernels.problem import Problem
 from fastkd._kernels.row_passes import row_passes
@@ -69,7 +68,7 @@ class LinearHead:
             # Only a sum over chunks needs a wide accumulator, or a device whose GEMMs do not round.
             wide = chunks > 1 or (chunks == 1 and not self.gemms.mixed)
             dtype = self.dtype if wide else self.whole_weight.dtype
-            self.grad_weight = pages.empty(self.whole_weight.shape, dtype, self.whole_weight.device)
+            self.grad_weight = self.whole_weight.new_empty(self.whole_weight.shape, dtype=dtype)
             self.grad_weight[len(self.weight) :].zero_()  # padding ids
 
     def activations(self, part: slice) -> Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd._kernels import pages
 from fastkd._kernels.heads import GivenLogits, Gradients, LinearHead, Needs
 from fastkd._kernels.linear_kl_low import run_low
 from fastkd._kernels.problem import Outputs, Problem
@@ -53,7 +52,7 @@ def run_fast(head: LinearHead | GivenLogits, problem: Problem, outputs: Outputs)
     for part in parts:
         c = part.stop - part.start
         if buffer is None:  # no later chunk is larger
-            buffer = pages.empty((c, leading), head.dtype, problem.weights.device)
+            buffer = torch.empty((c, leading), dtype=head.dtype, device=problem.weights.device)
         chunk = buffer[:c]
         head.fill(part, chunk[:, :columns])
 

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd._kernels import pages
 from fastkd._kernels.gemm import HeadGemms
 from fastkd._kernels.heads import LinearHead
 from fastkd._kernels.problem import Outputs, Problem
@@ -73,7 +72,7 @@ class Slabs:
         self.width = max(1, min(self.count, (problem.chunk_bytes - waiting) // column_bytes - spare))
         if self.width < self.count:  # whole cache lines, and tensor cores want operands aligned
             self.width = max(1, self.width // 128 * 128) if self.width >= 128 else self.width
-        self.buffer = pages.empty((c, leading_dimension(self.width)), head.dtype, head.weight.device)
+        self.buffer = head.weight.new_empty((c, leading_dimension(self.width)), dtype=head.dtype)
         self.x: Tensor | None = None
 
     def activations(self, rows: slice) -> Tensor:
@@ -188,7 +187,7 @@ def _descend(head: LinearHead, problem: Problem, slabs: Slabs, gradient: RowGrad
         head.grad_weight.zero_()
     wide = None
     if head.grad_weight is not None:
-        wide = pages.empty((slabs.width, head.weight.shape[1]), head.dtype, head.weight.device)
+        wide = head.weight.new_empty((slabs.width, head.weight.shape[1]), dtype=head.dtype)
     for part, gemms, buffer in slabs:
         v = part.stop - part.start
         for rows in slabs.blocks:

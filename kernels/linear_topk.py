@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd._kernels import pages, row_stats
+from fastkd._kernels import row_stats
 from fastkd._kernels.gemm import HeadGemms
 from fastkd._kernels.row_topk import Found, padded_columns, row_topk, select
 from fastkd._kernels.rows import (
@@ -81,7 +81,7 @@ def _local_topk(
     for part in chunks(n, leading * dtype.itemsize, chunk_bytes - gemms.scratch_bytes):
         c = part.stop - part.start
         if buffer is None:
-            buffer = pages.empty((c, leading), dtype, hidden.device)
+            buffer = make((c, leading), dtype=dtype)
             buffer[:, columns:] = -torch.inf  # the lanes' padding; GEMMs write in front of it
         chunk, logits = buffer[:c], buffer[:c, :columns]
         gemms.logits(gemms.activations(hidden[part]), logits)

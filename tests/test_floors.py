@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     "errors files log profiling sampling attention collectives grad_norm plot running_mean prefix_template"
     " ahead stop timeline module_names experts expert_names memory_test_meter"
-    " _kernels.nvfp4 _kernels.reference _kernels.rows _kernels.pages _kernels.tuning",
+    " _kernels.nvfp4 _kernels.reference _kernels.rows _kernels.tuning",
     "config batch health process_group tensor_styles block_compile safetensors_files state_files train_state"
     " expert_parallel model_files"
     " _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"
