@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastkd._kernels import row_stats
 from fastkd._kernels.gemm import HeadGemms
-from fastkd._kernels.row_topk import Found, padded_columns, row_topk, select
+from fastkd._kernels.row_topk import padded_columns, row_topk, select
 from fastkd._kernels.rows import (
     LOG_ZERO,
     LOG_ZERO_BOUND,
@@ -109,29 +109,18 @@ def _store(result: TopK, rows: slice, found: TopK) -> None:
 def _select(buffer: Tensor, columns: int, k: int, temperature: float, softcap: float | None) -> TopK:
     """The same of one chunk of logits, which is used up."""
     logits = buffer[:, :columns]
-    alongside = softcap is None and on_host(buffer.device)
-    found = row_topk(buffer, columns, k, temperature if alongside else None)
-    chosen_K, tail = found.columns_K, found.tail
-    picked_K = capped_K = logits.gather(1, chosen_K)
-    if tail is None:
-        tail, capped_K = _tail(logits, found, picked_K, temperature, softcap)
-    return TopK(chosen_K, picked_K, torch.logaddexp((capped_K / temperature).logsumexp(1), tail), tail)
-
-
-def _tail(
-    logits: Tensor, found: Found, picked_K: Tensor, temperature: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """The tail's logsumexp [c] by a pass of its own over the logits, and the K logits after the soft-cap [c, K]."""
-    runner_up = found.runner_up
+    chosen_K, runner_up = row_topk(buffer, columns, k)
+    picked_K = logits.gather(1, chosen_K)
     # The cap preserves order, so the selection stands; where it makes logits equal, the uncapped ones have decided.
     if softcap is not None:
         masked = logits < LOG_ZERO_BOUND
         row_stats.cap(logits, softcap)
         logits.masked_fill_(masked, LOG_ZERO)
-        picked_K, runner_up = logits.gather(1, found.columns_K), None
-    row_stats.poison(logits, found.columns_K)
-    objective = Objective(temperature=temperature, stats=False)
-    return row_stats.tail_stats(logits, objective, top=runner_up, keep=False).lse, picked_K
+        runner_up = None
+    capped_K = picked_K if softcap is None else logits.gather(1, chosen_K)
+    row_stats.poison(logits, chosen_K)
+    tail = row_stats.tail_stats(logits, Objective(temperature=temperature, stats=False), top=runner_up, keep=False).lse
+    return TopK(chosen_K, picked_K, torch.logaddexp((capped_K / temperature).logsumexp(1), tail), tail)
 
 
 def _merge(local: TopK, k: int, temperature: float, softcap: float | None, shards: Shards) -> TopK:

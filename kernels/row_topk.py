@@ -14,18 +14,12 @@ Letters: c rows, V columns, L lanes of B ids each, K kept.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd._kernels.row_stats import blocks
-
 # Lanes come in multiples of this, so that the lanes of lanes need no padding.
 _MULTIPLE = 12
-# exp(z) needs no shift where the largest z is at most this far from 0: nothing overflows, and what underflows (below
-# −87) is less than 1e-11 of the largest.
-_PLAIN = 60.0
 
 
 def lanes_for(columns: int, k: int) -> tuple[int, int]:
@@ -60,40 +54,23 @@ def select(values: Tensor, k: int) -> Tensor:
     return chosen[:, 1].view(c, k)
 
 
-class Found(NamedTuple):
-    """What ``row_topk`` has seen of each row."""
+def row_topk(buffer: Tensor, columns: int, k: int) -> tuple[Tensor, Tensor | None]:
+    """The K largest of buffer[:, :columns]: their columns [c, K] int64, ascending; ties go to the lower column.
 
-    columns_K: Tensor
-    """[c, K] int64, ascending: the K largest; ties go to the lower column."""
-    runner_up: Tensor | None = None
-    """[c] the largest logit that was not taken, where the lanes have shown it."""
-    tail: Tensor | None = None
-    """[c] logsumexp of logits / T over all that were not taken, where it was asked for and came along."""
-
-
-def row_topk(buffer: Tensor, columns: int, k: int, temperature: float | None = None) -> Found:
-    """The K largest of buffer[:, :columns].
-
-    ``buffer`` [c, ≥ padded_columns] holds −inf behind ``columns``. With a ``temperature`` the exponentials of all
-    logits are summed by lane on the way, while a block of rows is in the cache: the tail is the lanes that were not
-    looked into, and what was found in the others and not taken. Its terms are positive, so it is as exact as one sum.
+    Also the largest logit of each row that was not taken [c], where it was seen on the way (else None).
+    ``buffer`` [c, ≥ padded_columns] holds −inf behind ``columns``.
     """
     c = buffer.shape[0]
     logits = buffer[:, :columns]
     if k == columns or c == 0:
-        return Found(select(logits, k))
+        return select(logits, k), None
     per_lane, lanes = lanes_for(columns, k)
-    mass = None
     if per_lane == 1:
         values, chosen = _largest(logits, k + 1)
         border = values.amin(1)
     else:
         grid = buffer[:, : per_lane * lanes].unflatten(1, (per_lane, lanes))
-        if temperature is None:
-            highest = grid.amax(1)
-        else:
-            highest, mass = _lanes(grid, temperature)
-        lane_values, lane_columns = _largest(highest, k + 1)
+        lane_values, lane_columns = _largest(grid.amax(1), k + 1)
         candidates = grid.gather(2, lane_columns[:, None, :].expand(c, per_lane, k + 1)).flatten(1)
         values, places = _largest_above(candidates, lane_values.amin(1), k + 1)
         block = places // (k + 1)
@@ -102,33 +79,16 @@ def row_topk(buffer: Tensor, columns: int, k: int, temperature: float | None = N
         border = torch.maximum(values.amin(1), lane_values.amin(1))
     above = values > border[:, None]
     exact = above.sum(1) == k  # without a tie the K are above all others
-    if not bool(exact.all()):
+    everywhere = bool(exact.all())
+    if not everywhere:
         above &= exact[:, None]
-        result = chosen.new_empty((c, k))
-        result[exact] = chosen[above].view(-1, k).sort(1).values
-        result[~exact] = select(logits[~exact], k)
-        return Found(result)
-    tail = None
-    if mass is not None and temperature is not None and bool((border / temperature).abs().max() <= _PLAIN):
-        kept = (values / temperature).exp_().masked_fill_(above, 0.0)  # the one of K + 1 that is not taken
-        looked_at = candidates.div_(temperature).exp_().scatter_(1, places, kept)
-        tail = (mass.scatter_(1, lane_columns, 0.0).sum(1) + looked_at.sum(1)).log_()
-    return Found(chosen[above].view(c, k).sort(1).values, border, tail)
-
-
-def _lanes(grid: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Of each lane of grid [c, B, L]: its maximum, and the sum of exp(logit / T) without a shift; both [c, L]."""
-    c, per_lane, lanes = grid.shape
-    highest, mass = grid.new_empty((2, c, lanes))
-    parts = blocks(c, per_lane * lanes, grid.element_size(), grid.device)
-    powers = grid.new_empty((parts[0].stop, per_lane, lanes))
-    for rows in parts:
-        block = grid[rows]
-        x = powers[: len(block)]
-        torch.amax(block, 1, out=highest[rows])
-        torch.exp(block if temperature == 1 else torch.div(block, temperature, out=x), out=x)
-        torch.sum(x, 1, out=mass[rows])
-    return highest, mass
+    chosen = chosen[above].view(-1, k).sort(1).values
+    if everywhere:
+        return chosen, border
+    result = chosen.new_empty((c, k))
+    result[exact] = chosen
+    result[~exact] = select(logits[~exact], k)
+    return result, None
 
 
 def _largest_above(values: Tensor, bound: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     "errors files log profiling sampling attention collectives grad_norm plot running_mean prefix_template"
     " ahead stop timeline module_names experts expert_names memory_test_meter"
-    " _kernels.nvfp4 _kernels.reference _kernels.rows _kernels.tuning",
+    " _kernels.nvfp4 _kernels.reference _kernels.rows _kernels.row_topk _kernels.tuning",
     "config batch health process_group tensor_styles block_compile safetensors_files state_files train_state"
     " expert_parallel model_files"
     " _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"
     " _kernels.triton_lanes _kernels.triton_nvfp4 _kernels.triton_sum",
     "recipe metrics packing optim data checkpoint grading pools lora_choice context_parallel tensor_plan trace"
     " placement quantization_choice blends"
-    " _kernels.nvfp4_ops _kernels.problem _kernels.row_topk"
+    " _kernels.nvfp4_ops _kernels.problem"
     " _kernels.triton_math _kernels.triton_stats _kernels.triton_topk",
     "lora parallel plan context_distillation simulated_cluster quantization conf catalogue"
     " _kernels.linear_topk _kernels.row_finish",
