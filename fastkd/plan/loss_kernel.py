@@ -119,9 +119,9 @@ def topk_buffers(*, active: int, hidden: int, columns: int, kept: int, size: int
     reserved = CHUNK_BYTES[kind] // 4 if cpu and size < 4 else 0
     c, _ = chunk_rows(active, width * 4, CHUNK_BYTES[kind] - reserved)
     scratch = min(reserved, columns * hidden * 4)
-    if cpu:  # maxima and sums of lanes, candidates of the best ones, and some 16 numbers for each of the K
+    if cpu:  # maxima of lanes, candidates of the best ones, and some 16 numbers for each of the K
         selected = min(c, max(1, _SELECT_BYTES // (width * 4)))
-        scratch += selected * ((8 * many + 4 * each * (kept + 1) if each > 1 else 0) + 64 * kept)
+        scratch += selected * ((4 * (many + each * (kept + 1)) if each > 1 else 0) + 64 * kept)
     results = active * (kept * 8 + 8)
     merged = 3 * results if tp > 1 else 0  # candidates sent, received, and gathered again
     return active * hidden * size + c * width * 4 + scratch + results + merged
