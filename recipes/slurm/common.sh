@@ -48,14 +48,20 @@ own_address() {
   fi
 }
 
-# sweep VARIABLE=VALUE: ends all processes that were started with it. Ray's agents and workers outlive their raylet.
+# sweep VARIABLE=VALUE: ends all processes that were started with it, and what these start meanwhile. Ray's agents and
+# workers outlive their raylet.
 sweep() {
-  local file
-  for file in /proc/[0-9]*/environ; do
-    if grep -zqxF -- "$1" "$file" 2>/dev/null; then
-      file=${file#/proc/}
-      kill -KILL "${file%/environ}" 2>/dev/null || true
-    fi
+  local file found=yes tries=0
+  while [ -n "$found" ] && [ "$((tries += 1))" -le 20 ]; do
+    found=""
+    for file in /proc/[0-9]*/environ; do
+      if grep -zqxF -- "$1" "$file" 2>/dev/null; then
+        found=yes
+        file=${file#/proc/}
+        kill -KILL "${file%/environ}" 2>/dev/null || true
+      fi
+    done
+    [ -z "$found" ] || sleep 0.1
   done
 }
 
@@ -82,6 +88,11 @@ ray_on_node() {
     wait -n "$ray" $! || true
   done
   kill -TERM "$ray" 2>/dev/null || true
+  for _ in $(seq 80); do # a loaded node takes its time; the sweep does not, and must come before the step is killed
+    kill -0 "$ray" 2>/dev/null || break
+    sleep 0.1 || true
+  done
+  kill -KILL "$ray" 2>/dev/null || true
   wait "$ray" || code=$?
   sweep "FASTKD_RAY=$folder"
   if [ -e "$LOGS/.ending" ]; then code=0; else echo "$name: Ray ended with code $code" >>"$LOGS/failed-nodes"; fi
@@ -180,7 +191,7 @@ watch_cluster() {
 ended() {
   local tries
   [ -n "$1" ] || return 0
-  for tries in $(seq 150); do
+  for tries in $(seq 250); do
     kill -0 "$1" 2>/dev/null || return 0
     sleep 0.1
   done
