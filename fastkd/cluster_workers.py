@@ -18,8 +18,9 @@ from fastkd.batch import Prompt, Rollout
 from fastkd.config import Recipe
 from fastkd.metrics import Metrics
 from fastkd.rollout import Generation, Request
+from fastkd.shared_weights import shares_student
 from fastkd.student import Student
-from fastkd.teacher import Teacher, shares_student
+from fastkd.teacher import Teacher
 
 
 class Learner(Student):

@@ -9,10 +9,10 @@ by themselves and are left out.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,10 +34,12 @@ from fastkd.plan.assemble import Plan, gib
 from fastkd.plan.here import here
 from fastkd.plan.layout import Layout, arrange, read
 from fastkd.pools import local_device
+from fastkd.profiling import available_gib
 from fastkd.recipe import LoadedRecipe
 from fastkd.rollout import Generation
+from fastkd.shared_weights import shares_student
 from fastkd.student import Student
-from fastkd.teacher import Teacher, shares_student
+from fastkd.teacher import Teacher
 
 GENERATED = 32
 """Tokens that generation samples per sequence: its cache is planned for as many."""
@@ -184,10 +186,8 @@ def _room(plan: Plan, cpu: bool) -> None:
 
 
 def _available() -> float:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return float(line.split()[1]) * 1024
-    return float("inf")
+    free = available_gib()
+    return math.inf if free is None else free * 2**30
 
 
 def _weights(layout: Layout, loaded: LoadedRecipe) -> None:

@@ -57,3 +57,22 @@ def memory_gib(device: torch.device) -> float:
         return peak / 2**30
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 2**30
+
+
+def available_gib() -> float | None:
+    """Memory that programs may still take; None where it is not known. A container's own limit counts."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 2**20
+    except (OSError, StopIteration):
+        return None
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most, taken = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+        free = min(free, max(0.0, (most - taken) / 2**30))
+    return free

@@ -36,8 +36,9 @@ from fastkd.ray_pools import Options, Pending, RayPool
 from fastkd.refs import Refs
 from fastkd.roles import Phase, Scored
 from fastkd.rollout import Request
+from fastkd.shared_weights import shares_student
 from fastkd.student import Student
-from fastkd.teacher import Teacher, shares_student
+from fastkd.teacher import Teacher
 from fastkd.timeline import Work
 
 _LOST: tuple[type[BaseException], ...] = (ObjectLostError, RayActorError)

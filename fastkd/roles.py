@@ -21,8 +21,9 @@ from fastkd.metrics import Metrics
 from fastkd.pools import LocalPool, local_device
 from fastkd.profiling import memory_gib
 from fastkd.rollout import Generation, Request
+from fastkd.shared_weights import shares_student
 from fastkd.student import Student
-from fastkd.teacher import Teacher, shares_student
+from fastkd.teacher import Teacher
 from fastkd.timeline import Work
 
 Phase = Callable[[str, str], AbstractContextManager[None]]

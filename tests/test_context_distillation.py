@@ -13,8 +13,9 @@ from fastkd.context_distillation import TeacherPrompts, summary
 from fastkd.driver import locate, prepare
 from fastkd.errors import DataError
 from fastkd.recipe import load_recipe, recipe_from
+from fastkd.shared_weights import shares_student
 from fastkd.student import Student
-from fastkd.teacher import Teacher, shares_student
+from fastkd.teacher import Teacher
 
 CPU = torch.device("cpu")
 PLAIN = "{{ messages[0].content }}"

@@ -19,7 +19,7 @@ FLOORS = [
     " _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"
     " _kernels.triton_lanes _kernels.triton_nvfp4 _kernels.triton_sum",
     "recipe metrics packing optim data checkpoint grading pools lora_choice context_parallel tensor_plan trace"
-    " placement quantization_choice blends"
+    " placement quantization_choice blends shared_weights"
     " _kernels.nvfp4_ops _kernels.problem"
     " _kernels.triton_math _kernels.triton_stats _kernels.triton_topk",
     "lora parallel plan context_distillation simulated_cluster quantization conf catalogue"

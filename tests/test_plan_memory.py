@@ -31,8 +31,8 @@ from fastkd.plan.layout import Mesh, arrange
 from fastkd.plan.shapes import find, from_config
 from fastkd.plan.split import held
 from fastkd.recipe import load_recipe, recipe_from
+from fastkd.shared_weights import shares_student
 from fastkd.student import Student
-from fastkd.teacher import shares_student
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

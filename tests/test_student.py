@@ -253,7 +253,7 @@ def test_adapters_learn_over_a_frozen_base_that_is_the_teacher(arithmetic, rollo
     from transformers import AutoModelForCausalLM
 
     from fastkd.models import load_causal_lm
-    from fastkd.teacher import is_base_of
+    from fastkd.shared_weights import is_base_of
 
     lora = {"lora_cfg": {"enabled": True, "dim": 8, "dropout": 0.1}}
     config = recipe(arithmetic, dtensor_cfg=lora, optimizer={"name": "AdamW", "kwargs": {"lr": 1e-2}})

@@ -17,6 +17,7 @@ from fastkd.plan import shapes
 from fastkd.plan.rates import Rates
 from fastkd.plan.shapes import Shape
 from fastkd.recipe import LoadedRecipe
+from fastkd.shared_weights import shares_student
 
 RoleName = Literal["training", "generation", "teacher"]
 ROLES: tuple[RoleName, ...] = ("training", "generation", "teacher")
@@ -121,22 +122,8 @@ class Layout:
 
     @property
     def teacher_shares_weights(self) -> bool:
-        """Whether the teacher is the student's own module (``fastkd.teacher.shares_student``), and has none."""
-        policy, teacher = self.recipe.policy, self.recipe.teacher
-        if self.recipe.distillation.context_distillation.shares_weights:
-            return True
-        keys = (
-            "tensor_parallel_size",
-            "context_parallel_size",
-            "expert_parallel_size",
-            "sequence_parallel",
-            "cpu_offload",
-        )
-        return (
-            policy.dtensor_cfg.lora_cfg.enabled
-            and (policy.model_name, policy.precision) == (teacher.model_name, teacher.precision)
-            and all(getattr(policy.dtensor_cfg, key) == getattr(teacher.dtensor_cfg, key) for key in keys)
-        )
+        """Whether the teacher is the student's own module, and has none."""
+        return shares_student(self.recipe)
 
     @property
     def tokens_per_step(self) -> float:

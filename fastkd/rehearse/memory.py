@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fastkd.errors import UserError
+from fastkd.profiling import available_gib
 
 PER_WORKER_GIB, PER_NODE_GIB, REST_GIB = 0.33, 0.13, 0.8
 """Measured with torch 2.13, transformers 5.23 and Ray 2.60; ``docs/rehearse.md`` has the totals."""
@@ -89,25 +90,6 @@ def needed_gib(workers: int, nodes: int, vllm_workers: int = 0) -> float:
         vllm_workers: processes of vLLM engines.
     """
     return REST_GIB + PER_NODE_GIB * nodes + PER_WORKER_GIB * workers + PER_VLLM_WORKER_GIB * vllm_workers
-
-
-def available_gib() -> float | None:
-    """Memory that programs may still take; None where it is not known. A container's own limit counts."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 2**20
-    except (OSError, StopIteration):
-        return None
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, taken = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-        free = min(free, max(0.0, (most - taken) / 2**30))
-    return free
 
 
 def require(need: float) -> None:

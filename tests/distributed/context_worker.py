@@ -19,8 +19,9 @@ from fastkd.batch import Prompt, Rollout
 from fastkd.context_distillation import TeacherPrompts
 from fastkd.process_group import joined
 from fastkd.recipe import recipe_from
+from fastkd.shared_weights import shares_student
 from fastkd.student import Student
-from fastkd.teacher import Teacher, shares_student
+from fastkd.teacher import Teacher
 
 CPU = torch.device("cpu")
 LONGEST = 70
