@@ -4,7 +4,7 @@
 
 Real runs of recipes/arithmetic_ray_cpu.yaml on a simulated cluster with one spare node, a run per victim. A worker, or
 the raylet of a node (which ends all workers there), gets SIGKILL at one moment after another, a step each. A killed
-node comes back under another name, and so is the spare one of the next loss.
+node is back before the next step under another name, and so is the spare one of the next loss.
 
 The metrics of every step have to be those of a run in one process. What is lost is done again, so the figures differ by
 rounding alone: rows that are scored again in other company keep other 16 bits on their way, and a step later the
@@ -77,6 +77,8 @@ class Killer:
         """Step → when."""
         self.through: list[float] = []
         """When a step was through."""
+        self.lost: list[str] = []
+        """Names of killed nodes that nothing has replaced yet."""
         self.step = 0
 
     def at(self, roles: Any, verb: str) -> None:
@@ -102,14 +104,17 @@ class Killer:
             (raylet,) = lost.all_processes["raylet"]
             raylet.process.kill()
             raylet.process.wait()
-            threading.Thread(target=self._join, args=(f"{node.name}-again",)).start()
+            self.lost.append(node.name)
 
         return strike
 
-    def _join(self, name: str) -> None:
+    def refill(self) -> None:
+        """A node for every one that was lost. In the main thread: Ray sets a signal handler."""
         from fastkd.placement import SLOT
 
-        self.cluster.add_node(num_cpus=1, resources={SLOT: 2}, object_store_memory=80 << 20, node_name=name)
+        while self.lost:
+            name = f"{self.lost.pop()}-again"
+            self.cluster.add_node(num_cpus=1, resources={SLOT: 2}, object_store_memory=80 << 20, node_name=name)
 
 
 def process(worker: Any) -> int:
@@ -145,6 +150,7 @@ def watched(killer: Killer) -> Iterator[None]:
         take_step = runner.Runner.step
 
         def step(self: Any) -> Any:
+            killer.refill()
             killer.step = self.step_number + 1
             found = take_step(self)
             killer.through.append(time.time())
@@ -168,6 +174,7 @@ def test_losses(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             with watched(killer):
                 found = lines("arithmetic_ray_cpu.yaml", tmp_path / f"{role}-{what}")
             killer.through.append(time.time())
+            killer.refill()
             assert [line["step"] for line in found] == [line["step"] for line in wanted]
             for number, (moment, _, _) in enumerate(MOMENTS):
                 off, when = difference(found[number], wanted[number]), killer.done[number + 1]

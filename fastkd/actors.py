@@ -21,7 +21,7 @@ import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastkd import health, log, parallel
+from fastkd import health, log
 from fastkd.config import Teacher
 from fastkd.errors import NonFiniteLoss, UserError, WorkerError
 from fastkd.process_group import joined
@@ -92,6 +92,8 @@ class Seat:
 
     def mesh(self, model: Teacher) -> DeviceMesh:
         """The mesh of the group, as ``recipe.policy`` or ``recipe.teacher`` asks."""
+        from fastkd import parallel  # with all that shards models: seconds that a worker without a mesh does not spend
+
         degrees = model.dtensor_cfg
         mesh = parallel.build_mesh(degrees.tensor_parallel_size, degrees.context_parallel_size, None, self.device.type)
         self.replica = any(mesh[name].get_local_rank() > 0 for name in ("cp", "tp"))

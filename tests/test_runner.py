@@ -123,7 +123,10 @@ def test_the_same_command_again_says_complete_and_more_steps_resume(undisturbed,
     assert json.loads((longer / "summary.json").read_text())["steps"] == 8
 
 
-@pytest.mark.parametrize("moment", ["step 1/", "step 3/", "step 4/", "step 5/", "saving"])
+@pytest.mark.parametrize(
+    "moment",
+    ["step 1/", *(pytest.param(f"step {n}/", marks=pytest.mark.slow) for n in (3, 5)), "step 4/", "saving"],
+)
 def test_a_killed_run_ends_bit_identical(undisturbed, tmp_path, moment):
     folder = tmp_path / "killed"
     process = subprocess.Popen(

@@ -91,7 +91,7 @@ def cases(tp: int, dp: int, cp: int) -> list[Case]:
         extra = ON_TWO if tp == 2 else WITH_CONTEXT if cp == 2 else []
     else:
         extra = WITH_CONTEXT[:2] if cp > 1 else []
-    return (EVERYWHERE if ranks < 8 else EVERYWHERE[:3]) + extra
+    return EVERYWHERE[: 5 if ranks <= 2 or (tp, dp) == (2, 2) else 3 if ranks == 4 else 2] + extra
 
 
 def build(case: Case, **changes):

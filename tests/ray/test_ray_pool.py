@@ -22,7 +22,7 @@ from fastkd.ray_pools import Options, RayPool
 
 @pytest.fixture
 def member(cluster):
-    from ray_workers import Member
+    from pool_workers import Member
 
     return Member
 
@@ -76,7 +76,7 @@ def test_failures_come_out_once(placement, member):
         assert (error.role, error.rank, error.node) == ("teacher", 1, "node-3")
         assert str(error) == "teacher rank 1 on node-3: ZeroDivisionError: one by nothing"
         assert str(error.__cause__).count("Traceback (most recent call last)") == 1
-        assert "ray_workers.py" in str(error.__cause__) and "one by nothing" in str(error.__cause__)
+        assert "pool_workers.py" in str(error.__cause__) and "one by nothing" in str(error.__cause__)
         assert error.__notes__ == ["(1 other teacher worker(s) failed or stopped with it)"]
         with pytest.raises(RuntimeError, match=r"one by nothing.*Call restart\(\)"):  # rank 0 waits for rank 1
             pool.run(member.add, 1.0)
@@ -192,7 +192,7 @@ import signal, sys, ray
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
-from ray_workers import Member
+from pool_workers import Member
 from fastkd.placement import Placement
 from fastkd.ray_pools import Options, RayPool
 from fastkd.recipe import recipe_from
