@@ -102,6 +102,16 @@ def push(worker: Any) -> tuple[Metrics, str]:
         return {}, str(error)
 
 
+def sleep(worker: VllmGeneration) -> None:
+    """``VllmGeneration.sleep``: the weights wait on the host, since no update may come before it samples again."""
+    worker.sleep(keep_weights=True)
+
+
+def wake(worker: VllmGeneration) -> None:
+    """``VllmGeneration.wake``."""
+    worker.wake()
+
+
 def _remote(actors: Sequence[Any], workers: Sequence[int]) -> Engines:
     """The control plane of engines in actors, for a trainer in an actor of its own."""
 

@@ -40,6 +40,7 @@ from fastkd.shared_weights import shares_student
 from fastkd.student import Student
 from fastkd.teacher import Teacher
 from fastkd.timeline import Work
+from fastkd.turns import Turns, give_memory, take_memory
 
 _LOST: tuple[type[BaseException], ...] = (ObjectLostError, RayActorError)
 """What fetching an object raises whose maker is gone."""
@@ -66,12 +67,14 @@ class RayRoles:
         """The newest weights that generation was given, and their version."""
         self.giving: list[Pending[bool]] = []
         """Engines about to take weights that are not waited for."""
+        self.turns: Turns | None = None
+        """Of roles that share their devices."""
         self._mending = threading.RLock()
         """Whoever replaces workers, or gives weights to engines; one thread collects ahead while another trains."""
         self.workers = Workers(
-            save=lambda path, asynchronous: self.student.run(Student.save, path, asynchronous),
+            save=lambda path, asynchronous: self._training().run(Student.save, path, asynchronous),
             saved=lambda wait: self.student.run(Student.saved, wait),
-            load=lambda path: self.student.run(Student.load, path),
+            load=lambda path: self._training().run(Student.load, path),
         )
 
     def _start(self) -> None:
@@ -85,6 +88,8 @@ class RayRoles:
         )
         self.teacher: RayPool[Any] = self.student if self.teacher_shares else self._teacher_pool(group, alone)
         self.engines: RayPool[Any] = self._engine_pool(alone)
+        if self._shares_devices():
+            self.turns = Turns(self._turn_calls())
 
     @classmethod
     @contextmanager
@@ -129,6 +134,47 @@ class RayRoles:
             return self._pool("generation", options, engine_actors.build_engine, recipe, eos, inputs.student_vocab)
         return self._pool("generation", options, work.generator, recipe, inputs.tokenizer, inputs.student_vocab)
 
+    # --- turns ----------------------------------------------------------------------------------------------------
+
+    def _shares_devices(self) -> bool:
+        """Whether roles take turns; who samples ahead of training cannot."""
+        loop = self.recipe.distillation
+        shared = self.recipe.policy.generation.colocated.enabled and not loop.resource_isolation.enabled
+        return shared and loop.max_off_policy_steps == 0
+
+    def _turn_calls(self) -> dict[str, Any]:
+        """(give, take) of each role. A worker that is found dead has a successor then, which holds its memory."""
+
+        def calls(pool: RayPool[Any], give: Any, take: Any, lost: Any) -> Any:
+            def call(method: Any) -> None:
+                try:
+                    pool.run(method)
+                except WorkerDied as error:
+                    lost(error)
+
+            return lambda: call(give), lambda: call(take)
+
+        def raised(error: WorkerDied) -> None:
+            raise error  # the runner's to mend
+
+        engine = (engine_actors.sleep, engine_actors.wake) if self.by_vllm else (give_memory, take_memory)
+        found = {
+            "training": calls(self.student, give_memory, take_memory, raised),
+            "generation": calls(self.engines, *engine, self.engine_lost),
+        }
+        if not self.teacher_shares and self.recipe.teacher.backend == "fastkd":
+            found["teacher"] = calls(self.teacher, give_memory, take_memory, self.teacher_lost)
+        return found
+
+    def _take_turn(self, role: str) -> None:
+        if self.turns is not None and role in self.turns.calls:
+            self.turns.take(role)
+
+    def _training(self) -> RayPool[Any]:
+        """The training group, which works next."""
+        self._take_turn("training")
+        return self.student
+
     def close(self, *, at_once: bool = False) -> None:
         """End all workers."""
         self.closed = True
@@ -138,7 +184,13 @@ class RayRoles:
     # --- sampling and scoring -----------------------------------------------------------------------------------
 
     def collect(self, prompts: Sequence[Prompt], request: Request, phase: Phase) -> Scored:
-        """Sample and score at the same time; see ``fastkd.collect``."""
+        """Sample and score at the same time (see ``fastkd.collect``), or in turns on the same devices."""
+        if self.turns is not None:
+            with phase("sampling", "generation"):
+                rollouts = self.sample(prompts, request)
+            readings = self.inputs.readings(rollouts)
+            with phase("scoring", "teacher"):
+                return Scored(rollouts, readings, self.score(readings.teacher))
         collection = Collection(
             prompts,
             request.generations,
@@ -156,12 +208,14 @@ class RayRoles:
 
     def sample(self, prompts: Sequence[Prompt], request: Request, batch_size: int | None = None) -> list[Rollout]:
         """``Generation.sample`` over all engines."""
+        self._take_turn("generation")
         size = self._batch(request, len(prompts), batch_size)
         engines = _Engines(self, request)
         return Collection(prompts, request.generations, size, engines, None, list, bars.advance).sample()
 
     def sample_teacher(self, prompts: Sequence[Prompt], request: Request, batch_size: int) -> list[Rollout]:
         """The teacher's own answers, by a copy that the engines load for it."""
+        self._take_turn("generation")
         recipe, inputs = self.recipe, self.inputs
         count = len(self.engines)
         shares = [list(range(rank, len(prompts), count)) for rank in range(count)]
@@ -187,6 +241,7 @@ class RayRoles:
 
     def score(self, rollouts: Sequence[Rollout]) -> Refs:
         """``Teacher.score``; the rows stay with the teacher."""
+        self._take_turn("training" if self.teacher_shares else "teacher")
         while True:
             try:
                 return self.submit_score(rollouts).result()
@@ -206,17 +261,19 @@ class RayRoles:
 
     def calibrate(self, rollouts: Sequence[Rollout]) -> None:
         """``Student.calibrate``."""
-        self.student.run(Student.calibrate, rollouts)
+        self._training().run(Student.calibrate, rollouts)
         self.published = None  # folded weights are other weights, though no step was taken
 
     def train(self, batch: Scored) -> Metrics:
         """``Student.train``, once every rank has its share of the rows."""
         self._hold(batch, training=True)
+        self._take_turn("training")
         return self.student.run(work.train_held)
 
     def divergences(self, batch: Scored, *, with_loss: bool) -> Metrics:
         """``Student.divergences``."""
         self._hold(batch, training=False)
+        self._take_turn("training")
         return self.student.run(work.divergences_held, with_loss=with_loss)
 
     def _hold(self, batch: Scored, *, training: bool) -> None:
@@ -227,7 +284,7 @@ class RayRoles:
 
     def sync(self) -> Metrics:
         """All engines sample with the student's weights from here on."""
-        self.version = self.student.run(work.version)
+        self.version = self._training().run(work.version)
         return self._push() if self.by_vllm else self._publish()
 
     def _publish(self) -> Metrics:
@@ -267,6 +324,8 @@ class RayRoles:
                 if not failure:
                     found, failure = self.student.run(engine_actors.push)
                     if not failure:
+                        if self.turns is not None:
+                            self.turns.holds("generation")  # new weights wake an engine
                         return found
                 self.connected = False
                 dead = [error for error in map(self._death_of, range(len(self.engines))) if error is not None]
@@ -293,7 +352,7 @@ class RayRoles:
 
     def export(self, path: Path) -> None:
         """``Student.export``."""
-        self.student.run(Student.export, path)
+        self._training().run(Student.export, path)
 
     def memory(self) -> Metrics:
         """The most that one worker of a role uses."""
@@ -352,6 +411,8 @@ class RayRoles:
 
     def _restart(self, pool: RayPool[Any], error: WorkerDied, rank: int | None = None) -> list[int]:
         self._count(pool.role, error)
+        if self.turns is not None:
+            self.turns.holds(pool.role)
         try:
             return pool.restart(rank, timeout=NODE_SECONDS)
         except UserError as none:

@@ -136,6 +136,32 @@ def test_the_noise_is_the_same_on_every_device():
     assert torch.equal(sampler(logits.to(DEVICE), seeds.to(DEVICE), 1).cpu(), sampler(logits, seeds, 1))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_memory_given_and_taken_changes_no_step(fused):
+    from types import SimpleNamespace
+
+    from fastkd.turns import give_memory, take_memory
+
+    def run(turns: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.Linear(512, 512)).to(DEVICE)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+        worker = SimpleNamespace(causal_lm=model, optimizer=optimizer, device=torch.device(DEVICE))
+        for step in range(3):
+            model(torch.full((4, 512), 0.1 * step, device=DEVICE)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if turns:
+                give_memory(worker)
+                held = [*model.parameters(), *(s["exp_avg"] for s in optimizer.state.values())]
+                assert all(one.device.type == "cpu" for one in held)
+                take_memory(worker)
+                assert all(one.device.type == DEVICE for one in model.parameters())
+        return [one.detach().clone() for one in model.parameters()]
+
+    assert all(torch.equal(one, other) for one, other in zip(run(True), run(False), strict=True))
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_loop_learns_saves_and_resumes(tmp_path, precision):
     pytest.importorskip("omegaconf")

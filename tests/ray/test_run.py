@@ -13,6 +13,7 @@ from fastkd.actors import NodeLost, WorkerDied
 from fastkd.placement import SLOT
 from fastkd.ray_roles import RayRoles
 from fastkd.recipe import load_recipe
+from fastkd.turns import Turns
 
 SHORT = [
     "distillation.num_prompts_per_step=8",
@@ -82,7 +83,16 @@ def test_three_nodes_give_what_one_process_gives(cluster, run, alone, watched, t
     assert (tmp_path / "summary.json").exists() and (tmp_path / "export" / "model.safetensors").exists()
 
 
-def test_data_parallel_and_roles_that_share_nodes(cluster, run, alone, tmp_path):
+def test_data_parallel_and_roles_that_share_nodes(cluster, run, alone, tmp_path, monkeypatch):
+    """Roles that share devices take turns with their memory; on a CPU the calls are made and nothing moves."""
+    taken, take = [], Turns.take
+
+    def watch(self, role):
+        taken.append(role)
+        take(self, role)
+        assert self.holding == {role}
+
+    monkeypatch.setattr(Turns, "take", watch)
     found = run(
         "arithmetic_ray_cpu.yaml",
         tmp_path,
@@ -93,6 +103,9 @@ def test_data_parallel_and_roles_that_share_nodes(cluster, run, alone, tmp_path)
         "cluster.num_nodes=1",
     )
     assert_same(found, alone)
+    turns = [role for role, before in zip(taken, ["", *taken], strict=False) if role != before]
+    # The first sync, then two validations and three steps; syncs, checkpoints and the export are training's.
+    assert turns == ["training", *["generation", "teacher", "training"] * 5]
 
 
 def kill(roles, role, rank):
