@@ -1,12 +1,16 @@
 """The evaluation command: figures by hand, a real model, and going on after a cut."""
 
 import json
+import sys
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 
 from fastkd import evaluate
-from fastkd.evaluate import GREEDY, SAMPLED, Sample, main, pass_at, summarise
+from fastkd.answers import GREEDY, SAMPLED, Sample, Samples, pass_at, summarise
+from fastkd.errors import UserError
+from fastkd.evaluate import main
 
 
 def sample(mode, index, generation, correct, tokens=10, finished=True):
@@ -33,6 +37,27 @@ def test_figures():
     assert sampled["accuracy"] == 3 / 8 and sampled["mean_tokens"] == 15 and sampled["truncated"] == 1 / 8
     assert sampled["pass_at"] == {"1": pytest.approx(3 / 8), "2": pytest.approx(0.5), "4": pytest.approx(0.5)}
     assert list(summarise(samples[:2], 0)) == [GREEDY]
+
+
+def test_samples_on_disk(tmp_path):
+    folder, each = tmp_path / "runs" / "one", {GREEDY: 1, SAMPLED: 2}
+    empty = Samples(folder, {"seed": 1}, each)
+    assert not folder.exists()  # a mistake that is found now leaves nothing
+    # Ends of lines to Unicode, not to JSON; and an end within a character.
+    odd = replace(sample(GREEDY, 0, 0, True), response="a\u2028b\x85c\u2029")
+    empty.add([odd])
+    empty.add([sample(SAMPLED, 0, g, False) for g in range(2)])
+    line = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)[-1]
+    with (folder / "samples.jsonl").open("ab") as file:
+        file.write(line.replace(b'"index": 0', b'"index": 1') + "{é".encode()[:-1])
+    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+        Samples(folder, {"seed": 2}, each)
+    again = Samples(folder, {"seed": 1}, each)
+    assert again.all == empty.all and again.all[0] == odd and again.done(SAMPLED) == {0}
+    assert Samples(folder, {"seed": 1}, each).all == again.all
+    # Settings of a folder without an answer bind nobody.
+    (folder / "samples.jsonl").write_text("")
+    assert Samples(folder, {"seed": 2}, each).all == []
 
 
 @pytest.fixture
@@ -82,8 +107,16 @@ def test_the_same_command_goes_on(command, monkeypatch):
 
 def test_other_settings_need_another_folder(command):
     assert command()[0] == 0
-    code, _, told = command("policy.generation.temperature=0.5")
-    assert code == 2 and "sampler" in told.err and "--out" in told.err
+    for change, named in (("policy.generation.temperature=0.5", "sampler"), ("--backend=vllm", "backend")):
+        code, _, told = command(change)
+        assert code == 2 and named in told.err and "--out" in told.err
+
+
+def test_vllm_that_is_not_there(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    code, out, told = command("--backend=vllm")
+    assert code == 2 and "policy.generation.backend='vllm'" in told.err and "pip install" in told.err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -92,6 +125,10 @@ def test_other_settings_need_another_folder(command):
         (["model"], "--data"),
         (["model", "--data=AIME2024", "--no-greedy"], "--samples"),
         (["./nowhere", "--data=AIME2024"], "no such folder"),
+        (["model", "--data=AIME2024", "--samples=-1"], "--samples=-1"),
+        (["model", "--data=AIME2024", "--limit=0"], "--limit=0"),
+        (["model", "--data=AIME2024", "--backend=vllm", "policy.generation.temperature=3"], "from 0 to 2"),
+        (["model", "--data=AIME2024", "data.max_input_seq_length=9", "policy.max_total_sequence_length=8"], "must fit"),
         (["model", "--data=AIME2024", "policy.generation.temperatur=1"], "Did you mean policy.generation.temperature?"),
     ],
 )
