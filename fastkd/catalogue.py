@@ -22,8 +22,8 @@ your own (`defaults: topk512_qwen3_4b.yaml`) or on the command line. The names i
 NeMo RL use, are accepted too, in any folder and with `.v1` and `.yaml` behind them.
 [docs/recipes.md](../docs/recipes.md) explains every key, [docs/runbook.md](../docs/runbook.md) how to launch them.
 
-TP, CP, DP: GPUs that split a layer, a sequence, a batch. Engines are vLLM's, × the GPUs of each,
-and the share of a GPU's memory that they may take.
+TP, CP, DP: GPUs that split a layer, a sequence, a batch; EP: those among them that share one set of the experts of a
+mixture. Engines are vLLM's, × the GPUs of each, and the share of a GPU's memory that they may take.
 """
 
 
@@ -44,11 +44,9 @@ def catalogue() -> str:
 
 def _layout(recipe: Recipe) -> list[str]:
     sizes, cluster = recipe.role_sizes, recipe.cluster
-    generation = recipe.policy.generation
+    generation, share = recipe.policy.generation, recipe.policy.generation.vllm_cfg.gpu_memory_utilization
     if generation.backend == "vllm":
-        width = generation.vllm_cfg.tensor_parallel_size * generation.vllm_cfg.pipeline_parallel_size
-        count, share = sizes.generation // width, generation.vllm_cfg.gpu_memory_utilization
-        engines = f"{count} engine{'s' * (count > 1)} × {width}, {share:g}"
+        engines = _engines(sizes.generation, generation.vllm_cfg.devices, share)
     else:
         engines = f"{sizes.generation} × transformers"
     if recipe.data.blend.enabled:
@@ -64,8 +62,15 @@ def _layout(recipe: Recipe) -> list[str]:
         _cut(recipe.policy, sizes.training),
         engines,
         _short(recipe.teacher),
-        _cut(recipe.teacher, sizes.teacher),
+        _engines(sizes.teacher, recipe.teacher.dtensor_cfg.tensor_parallel_size, share)
+        if recipe.teacher.backend == "vllm"
+        else _cut(recipe.teacher, sizes.teacher),
     ]
+
+
+def _engines(devices: int, width: int, share: float) -> str:
+    count = devices // width
+    return f"{count} engine{'s' * (count > 1)} × {width}, {share:g}"
 
 
 def _short(model: Teacher) -> str:
@@ -74,7 +79,9 @@ def _short(model: Teacher) -> str:
 
 def _cut(model: Teacher, devices: int) -> str:
     tensor, context = model.dtensor_cfg.tensor_parallel_size, model.dtensor_cfg.context_parallel_size
+    experts = model.dtensor_cfg.expert_parallel_size
     parts = [f"TP{tensor}", f"CP{context}" if context > 1 else "", f"DP{devices // (tensor * context)}"]
+    parts.append(f"EP{experts}" if experts > 1 else "")
     return " ".join(part for part in parts if part)
 
 

@@ -140,5 +140,6 @@ def _sharding(loaded: LoadedRecipe) -> str:
         sizes = loaded.recipe.role_sizes
         devices = sizes.training if name == "student" else sizes.teacher
         tensor, context = model.dtensor_cfg.tensor_parallel_size, model.dtensor_cfg.context_parallel_size
-        parts.append(f"{name} TP{tensor} CP{context} DP{devices // (tensor * context)}")
+        experts = f" EP{model.dtensor_cfg.expert_parallel_size}" * (model.dtensor_cfg.expert_parallel_size > 1)
+        parts.append(f"{name} TP{tensor} CP{context} DP{devices // (tensor * context)}{experts}")
     return ", ".join(parts)

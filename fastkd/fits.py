@@ -23,13 +23,13 @@ def memory_warnings(loaded: LoadedRecipe) -> list[str]:
     suffix = "" if device else ", the default of --plan"
     found = []
     for pool in plan.layout.pools:
-        short = "generation" in pool and plan.engine_short
+        short = [role for role in pool if plan.short(role)]
         if plan.used(pool) <= plan.capacity and not short:
             continue
-        role = "generation" if "generation" in pool else pool[0]
+        role = (short or sorted(pool))[0]  # "generation" first: its keys give way most easily
         needs = f"{gib(plan.used(pool)):.0f} of {gib(plan.capacity):.0f} GiB"
         if plan.used(pool) <= plan.capacity:
-            facts = plan.memory["generation"].facts
+            facts = plan.memory[role].facts
             needs = (
                 f"{gib(facts['memory it needs']):.0f} of the {gib(facts['memory it may take']):.0f} GiB of an engine"
             )

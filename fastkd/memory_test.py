@@ -111,7 +111,7 @@ def _lines(pair: Pair, layout: Layout, device: torch.device, apart: bool) -> Ite
         cut = _cut(layout, roles.sampling_recipe(recipe, GENERATED))
         yield from _generated(cut, None, pair, device)
         gc.collect()
-    if not shares_student(recipe):
+    if not shares_student(recipe) and recipe.teacher.backend == "fastkd":  # else an engine, which measures itself
         cut = _cut(layout, roles.scoring_recipe(recipe))
         with _rank(recipe.teacher, recipe.role_sizes.teacher, device, apart) as mesh:
             yield from roles.scoring(Teacher(cut.recipe, device, pair.teacher_vocab, mesh), cut)

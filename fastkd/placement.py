@@ -123,7 +123,7 @@ def devices_per_worker(recipe: Recipe, role: str) -> int:
     """
     generation = recipe.policy.generation
     if role == "generation" and (generation.backend == "vllm" or recipe.cluster.device == "cpu"):
-        return generation.vllm_cfg.tensor_parallel_size * generation.vllm_cfg.pipeline_parallel_size
+        return generation.vllm_cfg.devices
     if role == "teacher" and recipe.teacher.backend == "vllm":
         return recipe.teacher.dtensor_cfg.tensor_parallel_size
     return 1

@@ -69,8 +69,8 @@ class VllmGeneration:
         self.max_new_tokens, self.max_total_tokens = max_new_tokens, max_total_tokens
         self.stop_token_ids, self.stop_strings = list(stop_token_ids), list(stop_strings or ())
         self.weights_version = 0
-        self.workers = engine_args.get("tensor_parallel_size", 1) * engine_args.get("pipeline_parallel_size", 1)
         self.engine: Any = vllm_setup.start_engine(engine_args)
+        self.workers: int = self.engine.vllm_config.parallel_config.world_size
         if valid_vocab is not None:
             self.engine.collective_rpc("limit_vocabulary", args=(valid_vocab,))
         self.engine.set_weight_version("0")

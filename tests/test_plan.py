@@ -13,9 +13,11 @@ from fastkd import run as command
 from fastkd.errors import ModelError, RecipeErrors, UserError
 from fastkd.plan import Plan, load_rates, plan_of, published
 from fastkd.plan.changes import changed
+from fastkd.plan.chart import COLORS
 from fastkd.plan.guide import StateTable
 from fastkd.plan.knobs import knobs
 from fastkd.plan.layout import Mesh
+from fastkd.plan.memory import ROWS
 from fastkd.plan.shapes import find, from_config
 from fastkd.plan.split import adapters, held
 from fastkd.plan.splits import better_splits
@@ -242,6 +244,101 @@ def test_lora_trains_adapters_over_a_frozen_base_that_the_teacher_shares():
     assert plan.layout.teacher_shares_weights and plan.memory["teacher"].rows.get("parameters") is None
 
 
+def test_a_teacher_in_vllm_by_hand():
+    plan = shipped("topk512_qwen3_14b", "teacher.backend=vllm", device="h100")
+    own, layout = shipped("topk512_qwen3_14b", device="h100"), plan.layout
+    memory, time = plan.memory["teacher"], plan.time["teacher"]
+    assert str(layout.form("teacher")) == "1 engine TP4" and layout.devices("teacher") == 4
+    # The share of an engine: weights of a rank, vLLM's reserve, and keys and values of what is left.
+    assert set(memory.rows) == {"parameters", "engine", "KV cache", "prompt logits"}
+    assert memory.rows["parameters"] == plan.memory["generation"].rows["parameters"]  # Qwen3-14B, TP4, too
+    assert sum(memory.rows[name] for name in ("parameters", "engine", "KV cache")) == pytest.approx(0.65 * 79.1 * GIB)
+    assert memory.facts["bytes of a cached token"] == 2 * 40 * 8 * 128 * 2 / 4
+    assert memory.rows["prompt logits"] == 2 * 4 * 1024 * 151936
+    assert memory.host == 32 * 16384 * (8 * 512 + 8) / 4
+    # Time: 32 texts, a response before which the problem and a trace as long stand; the head for all tokens and in
+    # float32; K + 1 numbers of each.
+    length, D = 256 + 8192 + 8192 - 1, 5120
+    tokens = 32 * length
+    block = 2 * D * 40 * 128 + 2 * D * 8 * 128 + 3 * D * 17408
+    trunk = tokens * 40 * (2 * block + 2 * 40 * 128 * length) / 4
+    head = tokens * 2 * 151936 * D / 4
+    assert time.flops == pytest.approx(trunk + head, rel=1e-9)
+    assert time.parts["prefill"] == pytest.approx(trunk / (0.45 * 989e12) + head / (0.45 * 67e12), rel=1e-9)
+    reduced = 2 * 40 * 2 * 3 / 4 * tokens * D * 2 + 3 / 4 * tokens * 151936 * 4
+    assert time.parts["tensor parallel"] == pytest.approx(reduced / (0.75 * 450e9), rel=1e-9)
+    assert time.parts["log-probabilities"] == pytest.approx(tokens * 513 * 0.8e-6)
+    assert time.moved["payload"] == own.time["teacher"].moved["payload"]
+    for role in ("training", "generation"):
+        assert plan.memory[role] == own.memory[role] and plan.time[role] == own.time[role]
+    # Two engines share the sequences.
+    halves = shipped("topk512_qwen3_14b", "teacher.backend=vllm", "teacher.dtensor_cfg.tensor_parallel_size=2")
+    assert str(halves.layout.form("teacher")) == "2 engines TP2"
+    assert halves.time["teacher"].parts["log-probabilities"] == time.parts["log-probabilities"] / 2
+
+
+def test_a_teacher_in_vllm_that_does_not_fit_says_what_to_turn(capsys):
+    path, keys = str(ROOT / "recipes" / "topk512_qwen3_14b.yaml"), "policy.generation.vllm_cfg."
+    narrow = ["teacher.backend=vllm", "teacher.dtensor_cfg.tensor_parallel_size=1"]
+    assert command.main([path, "--plan", "--sweep", *narrow]) == 0
+    out = capsys.readouterr().out
+    assert "4 engines TP1" in out and "Qwen/Qwen3-14B (in vLLM)" in out and "fits         no: teacher" in out
+    assert "An engine of teacher needs" in out and f"1. {keys}gpu_memory_utilization=" in out
+    plan = shipped("topk512_qwen3_14b", *narrow)
+    assert plan.short("teacher") and not plan.engine_short
+    found = knobs(plan, "teacher")
+    assert found[0].key == f"{keys}gpu_memory_utilization" and found[0].value == 0.85 and found[0].fits
+    assert shipped("topk512_qwen3_14b", *narrow, found[0].override).fits
+    larger = shipped("topk512_qwen3_14b", *narrow, "teacher.model_name=Qwen/Qwen3-32B")
+    last = knobs(larger, "teacher")[-1]
+    assert last.override == "teacher.dtensor_cfg.tensor_parallel_size=4" and last.fits
+    best = better_splits(plan)[0]
+    again = shipped("topk512_qwen3_14b", *narrow, *best.overrides)
+    assert again.fits and not again.short("teacher") and again.layout.teacher_engines is not None
+    # Beside generation's engines on the same device, each takes its share.
+    plan = small(
+        "teacher.backend=vllm",
+        "policy.generation.vllm_cfg.gpu_memory_utilization=0.6",
+        generation={"backend": "vllm"},
+        dtensor_cfg={"activation_checkpointing": True},
+    )
+    assert plan.tight and plan.used(plan.layout.pools[0]) > 1.2 * plan.capacity
+    share = knobs(plan, plan.tight[0])
+    shown = [one for one in share if one.key.endswith("gpu_memory_utilization")]
+    assert len(shown) == 1 and shown[0].value < 0.5 and shown[0].fits
+
+
+def test_experts_on_several_gpus_wait_for_their_rows_by_hand():
+    """Qwen3-30B-A3B, TP4 DP8 EP8 on nodes of 8: 48 blocks send 8 rows of 2048 bfloat16 numbers for every token."""
+    plan = shipped("qad_qwen3_30b_a3b", device="h100")
+    layout = plan.layout
+    assert str(layout.train) == str(layout.score) == "TP4 DP8 EP8"
+    tokens = 256 / 8 * (256 + 1920 - 1) / 4  # of a rank, which sends its quarter of a tensor-parallel group's
+    one = 48 * tokens * 8 * 2048 * 2 * 7 / 8
+    # There and back; once more where blocks are recomputed; and the gradients there and back.
+    for role, times in (("training", 6), ("teacher", 2)):
+        time = plan.time[role]
+        assert time.moved["expert parallel"] == pytest.approx(times * one, rel=1e-9)
+        assert time.parts["expert parallel"] == pytest.approx(times * one / (0.75 * 450e9), rel=1e-9)
+    kept = shipped("qad_qwen3_30b_a3b", "policy.dtensor_cfg.activation_checkpointing=false", device="h100")
+    assert kept.time["training"].moved["expert parallel"] == pytest.approx(4 * one, rel=1e-9)
+    # EP16 is two nodes: 7 of 15 parts go over links, and 8 over the network at the same time.
+    keys = [f"{role}.dtensor_cfg.expert_parallel_size" for role in ("policy", "teacher")]
+    wide = shipped("qad_qwen3_30b_a3b", *(f"{key}=16" for key in keys), device="h100")
+    sent = 6 * one * (15 / 16) / (7 / 8)
+    assert wide.time["training"].parts["expert parallel"] == pytest.approx(sent * 8 / 15 / (0.7 * 50e9), rel=1e-9)
+    alone = shipped("qad_qwen3_30b_a3b", *(f"{key}=1" for key in keys), device="h100")
+    assert alone.time["training"].moved["expert parallel"] == alone.time["training"].parts["expert parallel"] == 0
+    # FSDP gathers a rank's experts over the 4 ranks that hold the same, and everything else over 8.
+    own = 128 // 8 * 3 * 2048 * 768
+    rest = 2048 * (4096 + 2 * 512 + 4096) // 4 + 128 * 2048 + 2 * 2048 + 2 * 128
+    ends = 2 * 151936 * 2048 // 4
+    gathered = 2 * 2 * (48 * (own * 3 / 4 + rest * 7 / 8) + ends * 7 / 8) + 2 * 2048 * 7 / 8
+    reduced = 4 * (48 * (own * 3 / 4 + rest * 7 / 8) + (ends + 2048) * 7 / 8)
+    time = plan.time["training"]
+    assert time.moved["sharding"] == pytest.approx(time.facts["micro-batches"] * (gathered + reduced), rel=1e-9)
+
+
 # ---------------------------------------------------------------- every recipe
 
 
@@ -465,6 +562,7 @@ def test_texts_that_exist_need_no_engines_and_no_sync():
 
 
 def test_the_chart(tmp_path, capsys):
+    assert set(COLORS) == set(ROWS)
     path = tmp_path / "plan.png"
     assert command.main([str(ROOT / "recipes" / "distillation_math.yaml"), "--plan", "--chart", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000

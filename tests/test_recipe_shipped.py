@@ -13,7 +13,7 @@ from fastkd.errors import RecipeError
 from fastkd.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-# name: nodes × GPUs, (training, generation, teacher) devices, student TP CP DP, teacher TP CP DP, student, teacher
+# name: nodes × GPUs, (training, generation, teacher) devices, student TP CP DP (EP), teacher the same, student, teacher
 LAYOUTS = {
     "distillation_math": ((1, 8), (8, 8, 8), (2, 2, 2), (4, 2, 1), "Qwen3-1.7B-Base", "Qwen3-4B"),
     "distill_1n4g": ((1, 4), (4, 4, 4), (1, 1, 4), (2, 1, 2), "Qwen3-0.6B", "Qwen3-4B"),
@@ -29,6 +29,10 @@ LAYOUTS = {
     "smoke_isolated_4b_to_1.7b": ((3, 4), (4, 4, 4), (2, 1, 2), (2, 1, 2), "Qwen3-1.7B-Base", "Qwen3-4B"),
     "olmo2_32b_8gpu": ((5, 4), (8, 8, 4), (1, 1, 8), (4, 1, 1), "OLMo-2-0325-32B", "OLMo-2-0325-32B-Instruct"),
     "olmo2_32b_16gpu": ((7, 4), (16, 8, 4), (1, 1, 16), (4, 1, 1), "OLMo-2-0325-32B", "OLMo-2-0325-32B-Instruct"),
+    "qad_cpu": ((1, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1), "student", "student"),
+    "qad_qwen3_8b": ((1, 8), (8, 8, 8), (1, 1, 8), (1, 1, 8), "Qwen3-8B", "Qwen3-8B"),
+    "qad_qwen3_30b_a3b": ((4, 8), (32, 32, 32), (4, 1, 8, 8), (4, 1, 8, 8), *["Qwen3-30B-A3B-Thinking-2507"] * 2),
+    "qad_qwen3_30b_a3b_2n": ((2, 8), (16, 16, 16), (4, 1, 4, 4), (4, 1, 4, 4), *["Qwen3-30B-A3B-Thinking-2507"] * 2),
 }  # the context recipes are in test_context_recipes.py
 LONG = ("32b_to_4b_2n4g", "32b_to_4b_2n8g", "14b_to_4b_2n4g")
 # Names that people type, from their runbooks.
@@ -73,7 +77,8 @@ def test_layouts(name):
 
     def cut(model, devices):
         tensor, context = model.dtensor_cfg.tensor_parallel_size, model.dtensor_cfg.context_parallel_size
-        return tensor, context, devices // (tensor * context)
+        experts = model.dtensor_cfg.expert_parallel_size
+        return tensor, context, devices // (tensor * context), *([experts] if experts > 1 else [])
 
     assert (
         (recipe.cluster.num_nodes, recipe.cluster.gpus_per_node),
@@ -84,6 +89,10 @@ def test_layouts(name):
         recipe.teacher.model_name.split("/")[1],
     ) == LAYOUTS[name]
     loop = recipe.distillation
+    if name.startswith("qad"):
+        assert loop.topk_logits_k == (32 if name == "qad_cpu" else 128)
+        assert recipe.loss_fn.kl_type == "forward" and recipe.policy.quant_cfg == "default"
+        return
     assert loop.topk_logits_k == 64
     assert recipe.loss_fn.kl_type == ("mixed" if name in ("distillation_math", "distill_1n4g") else "reverse")
     if name in LONG:
@@ -133,3 +142,5 @@ def test_the_list_is_up_to_date():
     written = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     assert written == catalogue(), "run: python -m fastkd.catalogue > recipes/README.md"
     assert all(f"`{name}`" in written for name in shipped())
+    rows = {line.split("`")[1]: line.count(" EP8 ") for line in written.splitlines() if line.startswith("| `")}
+    assert rows["qad_qwen3_30b_a3b"] == 2 and sum(rows.values()) == 2  # student and teacher

@@ -29,7 +29,7 @@ def roles(loaded: LoadedRecipe) -> Iterator[Finding]:
 def _engines(recipe: Recipe, devices: int) -> Iterator[RecipeError]:
     """An engine is one process that starts its workers on one node, beside nobody when it is wider than a GPU."""
     engine, cluster = recipe.policy.generation.vllm_cfg, recipe.cluster
-    gpus = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    gpus = engine.devices
     key = "policy.generation.vllm_cfg.tensor_parallel_size"
     per_node = min(cluster.gpus_per_node, devices)
     if devices % gpus:

@@ -32,6 +32,11 @@ class VLLMConfig(Section):
     async_engine: bool = False
     """Use vLLM's asynchronous engine."""
 
+    @property
+    def devices(self) -> int:
+        """GPUs of one engine: tensor × pipeline parallel."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
 
 class SyncProbe(Section):
     """Whether the engines compute with the weights they were sent (`backend: vllm`)."""

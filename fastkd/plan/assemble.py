@@ -53,7 +53,8 @@ class Plan:
         """Bytes on a device that these roles share. Their processes keep what they once had, so peaks add up; roles of
         one process take turns."""
         found = [self.memory[role] for role in pool]
-        if len(pool) == 1 or self.layout.devices(pool[0]) > 1:
+        # A teacher in vLLM takes a Ray run, whose roles are processes on one device too.
+        if len(pool) == 1 or self.layout.devices(pool[0]) > 1 or self.layout.teacher_engines:
             return sum(one.total for one in found)
         state = sum(one.rows.get(row, 0.0) for one in found for row in STATE)
         return state + max(one.total - one.state for one in found)
@@ -64,15 +65,18 @@ class Plan:
         hold one sequence."""
         wrong: list[RoleName] = [role for pool in self.layout.pools if self.used(pool) > self.capacity for role in pool]
         wrong.sort(key=lambda role: -self.memory[role].total)
-        if self.engine_short and "generation" not in wrong:
-            wrong.append("generation")
-        return wrong
+        engines: tuple[RoleName, ...] = ("generation", "teacher")
+        return wrong + [role for role in engines if self.short(role) and role not in wrong]
+
+    def short(self, role: RoleName) -> bool:
+        """Whether the memory that a role's engine may take is too small for its weights and one longest sequence."""
+        facts = self.memory[role].facts
+        return facts.get("memory it needs", 0.0) > facts.get("memory it may take", float("inf"))
 
     @property
     def engine_short(self) -> bool:
-        """Whether an engine's share of the memory is too small for its weights and one longest sequence."""
-        facts = self.memory["generation"].facts
-        return facts.get("memory it needs", 0.0) > facts.get("memory it may take", float("inf"))
+        """``short`` of generation."""
+        return self.short("generation")
 
     @property
     def fits(self) -> bool:
@@ -148,7 +152,6 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data: bytes, seconds, counts."""
         layout = self.layout
-        layouts = {"training": layout.train, "generation": layout.engines, "teacher": layout.score}
         models = {"training": layout.student, "generation": layout.student, "teacher": layout.teacher}
         pools = [
             {"roles": list(pool), "bytes": self.used(pool), "fits": self.used(pool) <= self.capacity}
@@ -157,7 +160,7 @@ class Plan:
         roles = {
             role: {
                 "devices": layout.devices(role),
-                "layout": str(layouts[role]),
+                "layout": str(layout.form(role)),
                 "model": models[role].name,
                 "parameters": models[role].parameters,
                 "fits": role not in self.tight,

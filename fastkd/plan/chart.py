@@ -12,7 +12,8 @@ COLORS = {
     "parameters": "#1d3557", "master weights": "#457b9d", "gradients": "#8ab6d6", "optimizer": "#5f7f99",
     "running mean": "#b8c4cf", "all-gather": "#2a9d8f", "gradients in flight": "#7cc8bf", "activations": "#e9c46a",
     "loss kernel": "#f4a261", "top-k kernel": "#f4a261", "teacher rows": "#e76f51", "KV cache": "#9b5de5",
-    "engine": "#cdb4f6", "context": "#adb5bd", "fragmentation": "#dee2e6",
+    "engine": "#cdb4f6", "quantised weights": "#c9ada7", "prompt logits": "#f4a261",
+    "context": "#adb5bd", "fragmentation": "#dee2e6",
 }  # fmt: skip
 """Of every row of a memory table."""
 

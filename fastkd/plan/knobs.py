@@ -81,7 +81,9 @@ def _candidates(plan: Plan, role: RoleName) -> Iterator[tuple[str, Any, str]]:
         yield from _generation(plan)
     if "training" in pool:
         yield from _sharded("policy", recipe.policy, layout.train.devices, training=True)
-    if "teacher" in pool:
+    if "teacher" in pool and layout.teacher_engines is not None:
+        yield from _teacher_engine(plan, beside_generation="generation" in pool)
+    elif "teacher" in pool:
         yield from _sharded("teacher", recipe.teacher, layout.score.devices, training=False)
     if recipe.distillation.resource_isolation.enabled:
         where = f"distillation.resource_isolation.roles.{role}.num_nodes"
@@ -95,10 +97,7 @@ def _generation(plan: Plan) -> Iterator[tuple[str, Any, str]]:
     vllm = policy.generation.backend == "vllm"
     if vllm:
         yield "policy.generation_batch_size", None, "not read with backend vllm, whose engines schedule by themselves"
-        share = engine.gpu_memory_utilization
-        steps = range(10, 100, 5) if plan.engine_short else range(95, 5, -5)  # up, or down
-        values = tuple(step / 100 for step in steps if (step / 100 > share) is plan.engine_short)
-        yield "policy.generation.vllm_cfg.gpu_memory_utilization", values, "an engine's share of the device"
+        yield _engine_share(plan, plan.engine_short)
         yield "distillation.val_batch_size", None, "no effect with backend vllm: its cache is as large either way"
         values = tuple(size for size in (2, 4, 8) if size > engine.tensor_parallel_size)
         yield "policy.generation.vllm_cfg.tensor_parallel_size", values, "GPUs that share an engine's weights and cache"
@@ -111,6 +110,23 @@ def _generation(plan: Plan) -> Iterator[tuple[str, Any, str]]:
         _halves(recipe.distillation.val_batch_size),
         "rows decoded together in validation",
     )
+
+
+def _teacher_engine(plan: Plan, *, beside_generation: bool) -> Iterator[tuple[str, Any, str]]:
+    """Of a teacher in vLLM; its share of the device is the key of generation's engines."""
+    engines = plan.layout.score
+    if not (beside_generation and plan.layout.recipe.policy.generation.backend == "vllm"):
+        yield _engine_share(plan, plan.short("teacher"))
+    values = tuple(size for size in (2, 4, 8) if size > engines.tp and engines.devices % size == 0)
+    if values:
+        yield "teacher.dtensor_cfg.tensor_parallel_size", values, "GPUs that share an engine's weights and cache"
+
+
+def _engine_share(plan: Plan, short: bool) -> tuple[str, Any, str]:
+    share = plan.layout.recipe.policy.generation.vllm_cfg.gpu_memory_utilization
+    steps = range(10, 100, 5) if short else range(95, 5, -5)  # up, or down
+    values = tuple(step / 100 for step in steps if (step / 100 > share) is short)
+    return "policy.generation.vllm_cfg.gpu_memory_utilization", values, "an engine's share of the device"
 
 
 def _sharded(name: str, model: Teacher, devices: int, *, training: bool) -> Iterator[tuple[str, Any, str]]:

@@ -27,7 +27,7 @@ SIZES = {"bfloat16": 2, "float32": 4, "auto": 2}
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """A role's devices: dp × cp × tp, or engines of tp × pp."""
+    """A role's devices: dp × cp × tp."""
 
     devices: int
     tp: int = 1
@@ -55,7 +55,7 @@ class Mesh:
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """The generation role."""
+    """A role's devices: engines of tp × pp."""
 
     devices: int
     count: int
@@ -99,7 +99,9 @@ class Layout:
     teacher: Shape
     train: Mesh
     score: Mesh
+    """Of a teacher in vLLM: dp is the number of its engines."""
     engines: Engines
+    """Of generation."""
     lengths: Lengths
 
     @property
@@ -114,6 +116,20 @@ class Layout:
     def devices(self, role: RoleName) -> int:
         """Of one role; shared ones count in each."""
         return getattr(self.recipe.role_sizes, role)
+
+    @property
+    def teacher_engines(self) -> Engines | None:
+        """Of a teacher in vLLM (``teacher.backend``)."""
+        if self.recipe.teacher.backend != "vllm":
+            return None
+        mesh = self.score
+        return Engines(mesh.devices, mesh.dp, mesh.tp, 1, mesh.per_node)
+
+    def form(self, role: RoleName) -> Mesh | Engines:
+        """How a role's devices are divided."""
+        if role == "generation":
+            return self.engines
+        return self.train if role == "training" else self.teacher_engines or self.score
 
     @property
     def all_devices(self) -> int:
@@ -187,10 +203,9 @@ def arrange(recipe: Recipe, rates: Rates, student: Shape, teacher: Shape) -> Lay
     """``read`` for shapes that are known."""
     sizes, per_node = recipe.role_sizes, max(recipe.cluster.gpus_per_node, 1)
     engine = recipe.policy.generation.vllm_cfg
-    tp, pp = engine.tensor_parallel_size, engine.pipeline_parallel_size
-    if recipe.policy.generation.backend != "vllm":
-        tp = pp = 1
-    count = max(sizes.generation // (tp * pp), 1)
+    vllm = recipe.policy.generation.backend == "vllm"
+    tp, pp = (engine.tensor_parallel_size, engine.pipeline_parallel_size) if vllm else (1, 1)
+    count = max(sizes.generation // (engine.devices if vllm else 1), 1)
     return Layout(
         recipe,
         rates,

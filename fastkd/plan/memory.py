@@ -30,6 +30,7 @@ ROWS = (
     "teacher rows",
     "KV cache",
     "engine",
+    "prompt logits",
     "context",
     "fragmentation",
 )

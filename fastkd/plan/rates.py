@@ -77,6 +77,21 @@ class Rates:
         members = max(1, per_node // spread)
         return min(inside, members * self.speed("network"))
 
+    def exchange_seconds(self, amount: float, size: int, per_node: int) -> float:
+        """Seconds of an all-to-all in which each rank sends as much to every other. Each node's neighbours use its
+        links, and each rank its own share of the network.
+
+        Args:
+            amount: bytes that a rank sends.
+            size: ranks of the group, side by side.
+            per_node: devices of a node.
+        """
+        if size == 1:
+            return 0.0
+        near = min(size, per_node)
+        inside, outside = amount * (near - 1) / (size - 1), amount * (size - near) / (size - 1)
+        return max(inside / self.speed("link"), outside / self.speed("network"))
+
 
 def load_rates(device: str = "", path: str | Path | None = None, *, cpu: bool = False) -> Rates:
     """The table, with the user's own file over it.

@@ -3,7 +3,11 @@
 Training and scoring are bound by matrix products: 2 operations per weight and token forward, 4 backward, 2 more for
 recomputed blocks; attention 4 · H · d per pair of tokens, of which causality leaves half. The fused loss is three
 passes over the head for tokens that count, the fused top-K one. Tensor-parallel all-reduces wait; FSDP's gathers and
-reductions run beside the compute and cost what exceeds it.
+reductions run beside the compute and cost what exceeds it. Experts on several ranks: each of a block's all-to-alls
+waits, and takes top-k rows of every token to the experts and back.
+
+A teacher in vLLM is a prefill, with the head in float32 (``vllm_setup``) over all tokens, and Python's work on K + 1
+numbers for each.
 
 Decoding is bound by memory: every step reads the weights and the cache of the sequences that run. A step of the run
 needs as many decoding steps as its longest response has tokens, and more where the cache does not hold all sequences.
@@ -18,7 +22,7 @@ from dataclasses import dataclass, field
 
 from fastkd.plan import loss_kernel
 from fastkd.plan.engine_memory import engine_weights, kv_bytes
-from fastkd.plan.layout import SIZES, Layout, Mesh, RoleName, microbatches
+from fastkd.plan.layout import SIZES, Engines, Layout, Mesh, RoleName, microbatches
 from fastkd.plan.memory import RoleMemory, optimizer_states
 from fastkd.plan.shapes import Shape
 from fastkd.plan.split import Held, held
@@ -34,7 +38,8 @@ class RoleTime:
     parts: dict[str, float] = field(default_factory=dict)
     """Seconds by cause; they add up."""
     moved: dict[str, float] = field(default_factory=dict)
-    """Bytes per device by way: "tensor parallel", "sharding", "context parallel", "memory", "host"."""
+    """Bytes per device by way: "tensor parallel", "context parallel", "expert parallel", "sharding", "payload",
+    "memory", "host"."""
     facts: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -81,7 +86,8 @@ def training(layout: Layout) -> RoleTime:
     moved = {
         "tensor parallel": (4 + 2 * recompute) * _all_reduce(shape, mesh, tokens, size),
         "context parallel": (2 + recompute) * _keys_gathered(shape, mesh, tokens, size),
-        "sharding": batches * _sharding(own, mesh, size, reduce=True),
+        "expert parallel": (4 + 2 * recompute) * _rows_exchanged(shape, mesh, tokens, size),
+        "sharding": batches * _sharding(own, size, reduce=True),
     }
     states = optimizer_states(policy.optimizer.name, policy.optimizer.kwargs)
     traffic = updates * 4.0 * own.trained * (3 + 2 * states)  # read and write; gradients twice, for their norm
@@ -99,6 +105,8 @@ def training(layout: Layout) -> RoleTime:
 
 def scoring(layout: Layout) -> RoleTime:
     """The teacher: forward and the fused top-K, and its rows on the wire."""
+    if layout.teacher_engines is not None:
+        return _scoring_engines(layout, layout.teacher_engines)
     recipe, shape, mesh, rates = layout.recipe, layout.teacher, layout.score, layout.rates
     model = recipe.teacher
     length = max(layout.lengths.teacher - 1, 1.0)
@@ -113,18 +121,46 @@ def scoring(layout: Layout) -> RoleTime:
     moved = {
         "tensor parallel": 2 * _all_reduce(shape, mesh, tokens, size),
         "context parallel": _keys_gathered(shape, mesh, tokens, size),
-        "sharding": batches * _sharding(own, mesh, size, reduce=False),
+        "expert parallel": 2 * _rows_exchanged(shape, mesh, tokens, size),
+        "sharding": batches * _sharding(own, size, reduce=False),
     }
     parts = {"compute": compute} | _communication(moved, mesh, layout, compute)
     if model.dtensor_cfg.cpu_offload and not mesh.alone:
         moved["host"] = batches * float(size) * own.frozen
         parts["host transfers"] = max(moved["host"] / rates.speed("host") - compute, 0.0)
-    payload = per_rank * layout.lengths.response * loss_kernel.payload_bytes(recipe.distillation.topk_logits_k)
-    if layout.all_devices > 1:
-        moved["payload"] = payload
-        parts["payload"] = payload / rates.speed("network")
+    _add_payload(layout, per_rank, parts, moved)
     facts = {"micro-batches": float(batches), "payload of a step": _payload(layout)}
     return RoleTime("teacher", flops, parts, moved, facts)
+
+
+def _scoring_engines(layout: Layout, engines: Engines) -> RoleTime:
+    """A teacher in vLLM."""
+    recipe, shape, rates = layout.recipe, layout.teacher, layout.rates
+    length = max(layout.lengths.teacher - 1, 1.0)
+    sequences = math.ceil(recipe.distillation.batch_size / engines.count)
+    tokens, kept = sequences * length, recipe.distillation.topk_logits_k
+    trunk, head = (
+        tokens * forward_flops(shape, length) / engines.tp,
+        tokens * 2.0 * shape.vocab * shape.hidden / engines.tp,
+    )
+    wide, size = Mesh(engines.devices, engines.tp), SIZES[recipe.teacher.precision]
+    logits = tokens * 4.0 * shape.vocab * (engines.tp - 1) / engines.tp  # gathered
+    moved = {"tensor parallel": 2 * _all_reduce(shape, wide, tokens, size) + logits}
+    parts = {
+        "prefill": trunk / rates.speed("prefill", recipe.teacher.precision) + head / rates.speed("prefill", "float32"),
+        "tensor parallel": moved["tensor parallel"] / rates.group_speed(engines.tp, engines.per_node),
+        "log-probabilities": tokens * (kept + 1) * rates.assumed["prompt_logprob_us"] / 1e6,
+    }
+    _add_payload(layout, sequences, parts, moved)
+    return RoleTime("teacher", trunk + head, parts, moved, {"payload of a step": _payload(layout)})
+
+
+def _add_payload(layout: Layout, sequences: float, parts: dict[str, float], moved: dict[str, float]) -> None:
+    """Rows of so many sequences, on their way to the student."""
+    if layout.all_devices > 1:
+        per_token = loss_kernel.payload_bytes(layout.recipe.distillation.topk_logits_k)
+        moved["payload"] = sequences * layout.lengths.response * per_token
+        parts["payload"] = moved["payload"] / layout.rates.speed("network")
 
 
 def sampling(layout: Layout, memory: RoleMemory, *, sequences: int | None = None) -> RoleTime:
@@ -208,12 +244,21 @@ def _keys_gathered(shape: Shape, mesh: Mesh, tokens: float, size: int) -> float:
     return shape.layers * (mesh.cp - 1) * tokens * 2 * heads * shape.head_dim * size
 
 
-def _sharding(own: Held, mesh: Mesh, size: int, *, reduce: bool) -> float:
-    """Bytes per rank and micro-batch that FSDP gathers, and reduces in float32."""
-    share = (mesh.shards - 1) / mesh.shards
-    gathered = sum(unit.count * unit.gathered * (1 if unit.persistent or not reduce else 2) for unit in own.units)
-    reduced = sum(unit.count * unit.gathered_trained for unit in own.units) if reduce else 0
-    return share * (size * gathered + 4 * reduced)
+def _rows_exchanged(shape: Shape, mesh: Mesh, tokens: float, size: int) -> float:
+    """Bytes per rank that one all-to-all of every block sends: top-k rows of every token, of which as many stay as go
+    to each other rank. Tensor-parallel ranks send those of a part of the tokens each."""
+    rows = tokens / mesh.tp * shape.experts_per_token
+    return shape.layers * (mesh.ep - 1) / mesh.ep * rows * shape.hidden * size
+
+
+def _sharding(own: Held, size: int, *, reduce: bool) -> float:
+    """Bytes per rank and micro-batch that FSDP gathers, and reduces in float32: what a rank does not hold itself."""
+    total = 0.0
+    for unit in own.units:
+        times = 1 if unit.persistent or not reduce else 2
+        total += unit.count * size * times * (unit.gathered - unit.trained - unit.frozen)
+        total += unit.count * 4 * (unit.gathered_trained - unit.trained) if reduce else 0
+    return total
 
 
 def _communication(moved: dict[str, float], mesh: Mesh, layout: Layout, compute: float) -> dict[str, float]:
@@ -225,5 +270,6 @@ def _communication(moved: dict[str, float], mesh: Mesh, layout: Layout, compute:
     return {
         "tensor parallel": waits,
         "context parallel": waits_context,
+        "expert parallel": rates.exchange_seconds(moved["expert parallel"], mesh.ep, mesh.per_node),
         "sharding": max(beside - compute, 0.0),
     }

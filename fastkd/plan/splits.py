@@ -98,6 +98,10 @@ def _best_degree(plan: Plan, role: RoleName) -> int | None:
             continue
         if role == "generation" and layout.pools == [("training", "generation", "teacher")] and degree > 1:
             continue  # an engine that shares its GPU is one GPU wide
+        if role == "teacher" and layout.teacher_engines is not None:
+            apart = layout.recipe.distillation.resource_isolation.enabled
+            if per_node % degree or (degree > 1 and not apart):
+                continue
         tried = changed(plan, {key: degree})
         mesh = tried.layout.score if role == "teacher" else tried.layout.train
         if role == "generation":
@@ -108,8 +112,7 @@ def _best_degree(plan: Plan, role: RoleName) -> int | None:
         if role == "training":
             loop, policy = layout.recipe.distillation, layout.recipe.policy
             whole = whole and loop.batch_size % mesh.dp == 0 and policy.train_global_batch_size % mesh.dp == 0
-        short = role == "generation" and tried.engine_short
-        if not whole or short or tried.memory[role].total > tried.capacity:
+        if not whole or tried.short(role) or tried.memory[role].total > tried.capacity:
             continue
         seconds = tried.time[role].seconds
         if best is None or seconds < best[0] * 0.999:

@@ -15,7 +15,7 @@ from fastkd.plan.memory import OUTSIDE, ROWS, STATE
 from fastkd.plan.splits import Proposal
 
 _WAYS = ("compute", "prefill", "decoding", "launches", "tensor parallel", "context parallel", "sharding",
-         "host transfers", "optimizer", "payload")  # fmt: skip
+         "expert parallel", "host transfers", "optimizer", "log-probabilities", "payload")  # fmt: skip
 
 
 def render(plan: Plan, name: str) -> RenderableType:
@@ -34,14 +34,16 @@ def _roles(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("role", "devices", "layout", "model", "parameters"):
         table.add_column(column, justify="right" if column in ("devices", "parameters") else "left")
-    rows = zip(ROLES, (layout.train, layout.engines, layout.score), strict=True)
-    for role, form in rows:
+    for role in ROLES:
         shape = layout.teacher if role == "teacher" else layout.student
-        shared = " (the student's own weights)" if role == "teacher" and layout.teacher_shares_weights else ""
+        of = ""
+        if role == "teacher":
+            of = " (the student's own weights)" * layout.teacher_shares_weights
+            of += " (in vLLM)" * (layout.teacher_engines is not None)
         if role == "generation" and layout.recipe.data.blend.enabled:
             table.add_row(role, "-", "none: texts that exist", "", "")
             continue
-        table.add_row(role, str(layout.devices(role)), str(form), shape.name + shared, f"{shape.parameters:,}")
+        table.add_row(role, str(layout.devices(role)), str(layout.form(role)), shape.name + of, f"{shape.parameters:,}")
     return table
 
 
@@ -146,11 +148,11 @@ def advice(plan: Plan) -> Iterator[str]:
         if pool in seen:
             continue
         seen.add(pool)
-        if role == "generation" and plan.engine_short:
+        if plan.short(role):
             facts = plan.memory[role].facts
             yield (
-                f"An engine needs {gib(facts['memory it needs']):.1f} GiB for its weights and one longest sequence, "
-                f"and may take {gib(facts['memory it may take']):.1f} GiB."
+                f"An engine of {role} needs {gib(facts['memory it needs']):.1f} GiB for its weights and one longest "
+                f"sequence, and may take {gib(facts['memory it may take']):.1f} GiB."
             )
         yield f"Turn for {' and '.join(pool)}, in this order:"
         for number, knob in enumerate(knobs(plan, role), 1):
@@ -173,6 +175,13 @@ def assumptions(plan: Plan) -> list[str]:
         + ("" if layout.rates.device.is_cpu else f" {assumed['context_gib']} GiB outside tensors."),
         "Change either with --rates FILE (docs/plan.md), the device with --device NAME.",
     ]
+    if max(layout.train.ep, layout.score.ep) > 1:
+        lines.append("expert parallel is an estimate: every expert gets as many rows, and no message waits to start.")
+    if layout.teacher_engines is not None:
+        lines.append(
+            f"log-probabilities (K + 1 of every token, by Python) take {assumed['prompt_logprob_us']} µs each in a "
+            "teacher's engine: an estimate."
+        )
     for shape in {layout.student.name: layout.student, layout.teacher.name: layout.teacher}.values():
         if shape.assumed:
             lines.append(f"{shape.name}: model_type {shape.model_type!r} is counted as a plain gated decoder.")
@@ -195,7 +204,7 @@ def render_splits(plan: Plan, proposals: list[Proposal]) -> RenderableType:
             name,
             f"{layout.train.devices}: {layout.train}",
             f"{layout.engines.devices}: {layout.engines}",
-            f"{layout.score.devices}: {layout.score}",
+            f"{layout.score.devices}: {layout.form('teacher')}",
             step,
             f"{one.tokens_per_second:,.0f}",
             f"{one.device_hours:,.0f}",

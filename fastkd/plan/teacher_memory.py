@@ -1,4 +1,4 @@
-"""Memory of the teacher: frozen weights, a forward without gradients, the fused top-K, and the rows of a step.
+"""Memory of fastkd's own teacher: frozen weights, a forward without gradients, the fused top-K, and the rows of a step.
 
 Letters: N tokens of a micro-batch on this rank, A rows that count.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from fastkd.plan import activations, loss_kernel
 from fastkd.plan.activations import Split
+from fastkd.plan.engine_memory import teacher_engine
 from fastkd.plan.layout import SIZES, Layout, largest_microbatch
 from fastkd.plan.memory import RoleMemory, compute_of, matrices, most_active, outside
 from fastkd.plan.split import head_rows, held
 
 
 def teacher(layout: Layout) -> RoleMemory:
-    """The scoring role."""
+    """The scoring role, in an engine where the recipe says so."""
+    if layout.teacher_engines is not None:
+        return teacher_engine(layout, layout.teacher_engines)
     model, shape, mesh, cpu = layout.recipe.teacher, layout.teacher, layout.score, layout.rates.device.is_cpu
     loop, size, shared = layout.recipe.distillation, SIZES[model.precision], layout.teacher_shares_weights
     compute = compute_of(model, mesh, cpu, masters=shared and not layout.recipe.policy.dtensor_cfg.lora_cfg.enabled)

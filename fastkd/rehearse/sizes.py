@@ -129,8 +129,8 @@ class Batch:
 
 def engines(recipe: Recipe) -> int:
     """Generation engines."""
-    engine, generation = recipe.policy.generation.vllm_cfg, recipe.policy.generation
-    wide = engine.tensor_parallel_size * engine.pipeline_parallel_size if generation.backend == "vllm" else 1
+    generation = recipe.policy.generation
+    wide = generation.vllm_cfg.devices if generation.backend == "vllm" else 1
     return max(1, recipe.role_sizes.generation // wide)
 
 
