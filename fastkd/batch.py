@@ -34,6 +34,8 @@ class Prompt:
     """The system message, when there is one: a teacher with a prompt of its own is given the same."""
     columns: tuple[tuple[str, str | None], ...] = ()
     """Cells of the dataset by column, that only the teacher reads."""
+    source: str | None = None
+    """Of a blend: the name of the source it was read from. Metrics are also kept by source."""
 
 
 @dataclass(frozen=True, slots=True)

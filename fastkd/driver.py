@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from fastkd.batch import Prompt, Rollout
 from fastkd.config import Dataset, Recipe
 from fastkd.context_distillation import Readings, TeacherPrompts
 from fastkd.data import PromptStream, Renderer, load_problems
+from fastkd.environment import environment
 from fastkd.errors import DataError, RecipeError
 from fastkd.files import write_json
 from fastkd.log import logger
@@ -293,24 +290,3 @@ def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, A
             found |= _differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
         return dict(sorted(found.items()))
     return {} if old == new else {prefix: (old, new)}
-
-
-def environment() -> dict[str, Any]:
-    """Versions, commit and hardware, as saved with the run."""
-    packages = {}
-    for name in ("fastkd", "torch", "triton", "transformers", "datasets", "safetensors"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    import torch
-
-    root = Path(__file__).resolve().parents[1]
-    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "python": platform.python_version(),
-        "packages": packages,
-        "commit": commit.stdout.strip() or None,
-        "cpus": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }

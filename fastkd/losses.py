@@ -4,7 +4,7 @@ The head's ``forward`` IS the fused loss (student) or the fused top-K (teacher):
 exist. Both run inside one root module, so that sharding sees every use of every parameter, and so that one set of
 weights can be student and teacher.
 
-Letters: N packed tokens, A loss-active rows, D hidden, V vocabulary, K kept.
+Letters: N packed tokens, A loss-active rows, D hidden, V vocabulary, K kept, S sources of a blend.
 """
 
 from __future__ import annotations
@@ -159,6 +159,26 @@ class FusedLoss:
             labels=batch.labels_A,
             **shard.options(self.valid_vocab),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LossBySource:
+    """A fused loss, and what the tokens of each source of a blend made of it."""
+
+    loss: FusedLoss
+    sources_A: Tensor
+    """[A] int64 in [0, S): where the token of each row comes from; anything else: from nowhere that is counted."""
+    count: int
+    """S."""
+
+    def __call__(self, hidden_ND: Tensor, shard: HeadShard, batch: Batch) -> tuple[TopKLoss, Tensor]:
+        """The loss, and [S] float32 sums of the divergences of its rows, without weights."""
+        found = self.loss(hidden_ND, shard, batch)
+        numbers_S1 = torch.arange(self.count, device=self.sources_A.device)[:, None]
+        # A sum over [S, A], not an `index_add_`: that adds in any order on CUDA, and metrics are reproducible.
+        own_SA = batch.take(self.sources_A) == numbers_S1
+        per_token_A = found.per_token.float().index_select(0, batch.active_A)
+        return found, torch.where(own_SA, per_token_A, 0.0).sum(1)
 
 
 @dataclass(frozen=True, slots=True)

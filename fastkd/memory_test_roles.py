@@ -196,7 +196,7 @@ def _warm_up(student: Student, kept: int, vocab: int) -> None:
 
 def _step(student: Student, rollouts: Sequence[Rollout], targets: Sequence[TopK]) -> None:
     """An optimizer step as ``Student.train`` takes it, whatever the loss is: of a rank on its own it is no number."""
-    for loss, _ in student._forward(rollouts, targets, weight=1e-6, divergence=student.divergence):
+    for loss, *_ in student._forward(rollouts, targets, weight=1e-6, divergence=student.divergence):
         loss.loss.backward()
     grad_norm.clip_grad_norm(student.parameters, student.policy.max_grad_norm)
     student.optimizer.step()

@@ -10,10 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from fastkd import log, metrics
+from fastkd import by_source, log, metrics
 from fastkd.batch import Rollout
 from fastkd.blends.places import run_length
 from fastkd.blends.stream import BlendStream, open_blend
@@ -90,10 +89,9 @@ class OffPolicyRunner(Runner):
         if self.texts.blend.skips(step):
             stream.skip()
             return _scored([], [], stream.consumed)
-        start = stream.consumed
         with self.spans.measure("data"):
             rollouts = stream.next()
-        found = by_source(stream, start, rollouts)
+        found = by_source.given(stream.names, rollouts)
         with self._phase("scoring", "teacher"):
             return _scored(rollouts, self.roles.score(rollouts), stream.consumed, found)
 
@@ -125,23 +123,6 @@ class TextValidator:
             found = self.roles.divergences(batch, with_loss=self.with_loss)
         logger.info(f"validation at step {step} | kl {found['kl']:.4f} | {len(self.rollouts)} samples")
         return {f"validation/{name}": value for name, value in found.items()}
-
-
-def by_source(stream: BlendStream, start: int, rollouts: Sequence[Rollout]) -> Metrics:
-    """Samples, and tokens that count, which each source gave to a step: ``blend/samples/<name>``, ``blend/tokens/…``.
-
-    Args:
-        start: samples consumed before the step.
-        rollouts: those of the step.
-    """
-    names = [Path(source.path).stem for source in stream.sources]
-    # Two files of one name in different folders are told apart by their place in the blend.
-    names = [f"{name}_{place}" if names.count(name) > 1 else name for place, name in enumerate(names)]
-    found = {f"blend/{kind}/{name}": 0.0 for kind in ("samples", "tokens") for name in names}
-    for (source, _), rollout in zip(stream.origins(start, len(rollouts)), rollouts, strict=True):
-        found[f"blend/samples/{names[source]}"] += 1
-        found[f"blend/tokens/{names[source]}"] += len(rollout.response)
-    return found
 
 
 def _scored(rollouts: Sequence[Rollout], rows: Sequence[Any], consumed: int, found: Metrics | None = None) -> Scored:

@@ -30,6 +30,10 @@ class TextRoles(RayRoles):
         del options
         return _None()
 
+    def _turn_calls(self) -> dict[str, Any]:
+        """Nobody samples: training and teacher alone take turns."""
+        return {role: calls for role, calls in super()._turn_calls().items() if role != "generation"}
+
     def sync(self) -> Metrics:
         """Nobody samples with the weights; counts optimizer steps alone."""
         self.version = self.student.run(work.version)

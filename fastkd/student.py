@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastkd import (
+    by_source,
     grad_norm,
     lora,
     lora_export,
@@ -35,7 +36,7 @@ from fastkd.config import Recipe
 from fastkd.errors import NonFiniteLoss
 from fastkd.kernels import TopK
 from fastkd.log import bars
-from fastkd.losses import Divergence, FusedLoss, PackedModel
+from fastkd.losses import Divergence, FusedLoss, LossBySource, PackedModel
 from fastkd.running_mean import RunningMean
 from fastkd.state_files import Files, StateFiles
 
@@ -139,8 +140,10 @@ class Student:
         self.scheduler.step()
         if self.mean is not None:
             self.mean.update()
+        # A source's loss is the mean over its tokens, however the optimizer steps share them.
+        losses = {name: totals.pop(name) / count for name, count in by_source.tokens(rollouts).items()}
         # Means over the optimizer steps, as NeMo RL reports them.
-        found = {name: value / steps for name, value in totals.items()} | {"train/lr": float(lr)}
+        found = {name: value / steps for name, value in totals.items()} | losses | {"train/lr": float(lr)}
         if self.logs_norm:
             found["train/params_norm"] = float(grad_norm.global_norm(p.detach() for p in self.causal_lm.parameters()))
         return found
@@ -153,13 +156,17 @@ class Student:
         if self.adapters is not None:
             lora.set_step(self.causal_lm, self.version)
         sums: dict[str, Tensor] = {}
-        for loss, count in self._forward(rollouts, targets, weight=1.0 / tokens, divergence=self.divergence):
+        sources = list(by_source.tokens(rollouts))
+        passes = self._forward(rollouts, targets, weight=1.0 / tokens, divergence=self.divergence, sources=sources)
+        for loss, sums_S, count in passes:
             loss.loss.backward()
             _accumulate(sums, "train/loss", loss.loss.detach())
             for field, name in _PER_TOKEN.items():
                 value = getattr(loss, field)
                 if value is not None:
                     _accumulate(sums, name, value.float().sum() / tokens)
+            for name, value in zip(sources, sums_S, strict=True):
+                _accumulate(sums, name, value)
             bars.advance(count)
         norm = grad_norm.clip_grad_norm(self.parameters, self.policy.max_grad_norm)
         names = list(sums)
@@ -179,16 +186,22 @@ class Student:
         self.version += 1
         return metrics | {"train/global_valid_toks": float(tokens)}
 
-    def _forward(self, rollouts, targets, *, weight: float, divergence: Divergence):
-        """Yields (TopKLoss, sequences) per micro-batch of this rank; the caller runs backward before the next."""
+    def _forward(self, rollouts, targets, *, weight: float, divergence: Divergence, sources: Sequence[str] = ()):
+        """Yields (TopKLoss, its sum by source, sequences) per micro-batch of this rank; the caller runs backward
+        before the next."""
         for indices in self._micro_batches(rollouts):
             batch = pack([rollouts[index] for index in indices]) if indices else idle()
             batch = batch.to(self.device)
             teacher = _concatenate([targets[index] for index in indices], self.device)
             weights_A = torch.full((len(batch.labels_A),), weight, device=self.device)
+            head = FusedLoss(divergence, teacher, weights_A, self.valid_vocab)
             with self.autocast():
-                loss = self.model(batch, FusedLoss(divergence, teacher, weights_A, self.valid_vocab))
-            yield loss, len(indices)
+                if sources:
+                    sources_A = by_source.places([rollouts[index] for index in indices], sources).to(self.device)
+                    loss, sums_S = self.model(batch, LossBySource(head, sources_A, len(sources)))
+                else:
+                    loss, sums_S = self.model(batch, head), ()
+            yield loss, sums_S, len(indices)
 
     def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
         """What this rank trains on: places in ``rollouts`` by micro-batch, empty for one that it idles through."""
@@ -226,7 +239,7 @@ class Student:
         if with_loss:
             wanted["loss"] = self.divergence
         for name, divergence in wanted.items():
-            parts = [loss.loss for loss, _ in self._forward(rollouts, targets, weight=1.0, divergence=divergence)]
+            parts = [loss.loss for loss, *_ in self._forward(rollouts, targets, weight=1.0, divergence=divergence)]
             total = torch.stack(parts).sum() if parts else torch.zeros((), device=self.device)
             result[name] = float(parallel.sum_over_data(total, self.mesh)) / max(tokens, 1)
         self.causal_lm.train()

@@ -93,6 +93,17 @@ def test_a_blend_draws_its_weights(three, tokenizer):
     shares = [float((sources == source).mean()) for source in range(3)]
     assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.01)
     assert stream.mixture.counts(10_000) == [5000, 3000, 2000]
+    names = [stream.names[source] for source, _ in stream.origins(0, 8)]
+    assert stream.names == ["a", "b", "c_text_document"] and [one.prompt.source for one in stream.next()] == names
+
+
+def test_files_of_one_name_are_told_apart(tmp_path, tokenizer):
+    for place, folder in enumerate(("x", "y", "z")):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / ("texts.jsonl" if place < 2 else "more.jsonl"), [{"text": "a"}])
+    path = tmp_path / "blend.json"
+    path.write_text(json.dumps({"train": [1, "x/texts.jsonl", 1, "y/texts.jsonl", 1, "z/more.jsonl"]}))
+    assert stream_of(path, tokenizer).names == ["texts_0", "texts_1", "more"]
 
 
 @given(

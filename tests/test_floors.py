@@ -12,14 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # The house, bottom up. A package (config, checks) is one room. docs/architecture.md explains the rooms.
 FLOORS = [
     "errors files log profiling sampling attention collectives grad_norm plot running_mean prefix_template"
-    " ahead stop timeline turns module_names experts expert_names memory_test_meter"
+    " ahead stop timeline turns environment module_names experts expert_names memory_test_meter"
     " _kernels.nvfp4 _kernels.reference _kernels.rows _kernels.row_topk _kernels.tuning",
     "config batch health process_group tensor_styles block_compile safetensors_files state_files train_state"
     " expert_parallel model_files"
     " _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"
     " _kernels.triton_lanes _kernels.triton_nvfp4 _kernels.triton_sum",
-    "recipe metrics packing optim data checkpoint grading pools lora_choice context_parallel tensor_plan trace"
-    " placement quantization_choice blends shared_weights"
+    "recipe metrics packing optim data checkpoint grading answers pools lora_choice context_parallel tensor_plan trace"
+    " placement quantization_choice blends shared_weights by_source"
     " _kernels.nvfp4_ops _kernels.problem"
     " _kernels.triton_math _kernels.triton_stats _kernels.triton_topk",
     "lora parallel plan context_distillation simulated_cluster quantization conf catalogue"

@@ -90,15 +90,15 @@ def test_what_is_read_back_is_what_was_trained(tiny_qwen3, tied, dtype, tmp_path
     read = dict(nvfp4_export.dequantized(tmp_path, dtype))
     layers = dict(quantization.quantized_layers(model))
     used, clipped = {}, 0
-    real = quantization.fake_quantize
+    real = quantization.layers.fake_quantize
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         for name, layer in layers.items():
             seen = []
             try:
-                quantization.fake_quantize = lambda x, scale, seen=seen: seen.append(real(x, scale)) or seen[-1]
+                quantization.layers.fake_quantize = lambda x, scale, seen=seen: seen.append(real(x, scale)) or seen[-1]
                 layer(torch.randn(2, layer.in_features))
             finally:
-                quantization.fake_quantize = real
+                quantization.layers.fake_quantize = real
             used[f"{name}.weight"] = seen[-1]
             clipped += int((layer.weight.abs() > layer.weight_scale_2 * 2688).sum())
     assert clipped > 0  # weights have grown since their scale was fixed

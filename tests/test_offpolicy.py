@@ -65,6 +65,8 @@ def test_it_learns_from_the_texts(undisturbed):
         assert sum(given) == BATCH and abs(given[0] - 0.7 * BATCH) <= 1
         tokens = line["blend/tokens/plus"] + line["blend/tokens/minus"]
         assert tokens == line["train/global_valid_toks"] and min(given) > 0
+        made = sum(line[f"blend/tokens/{name}"] * line[f"blend/loss/{name}"] for name in ("plus", "minus"))
+        assert made / tokens == pytest.approx(line["train/loss"], rel=1e-5)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
     kl = [line["validation/kl"] for line in lines if "validation/kl" in line]
     assert len(kl) == 3 and kl[2] < 0.9 * kl[0]

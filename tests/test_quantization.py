@@ -188,8 +188,8 @@ def test_layers_multiply_quantised_values(tiny_qwen3, batch, preset):
 def test_layers_that_read_one_input_quantise_it_once(tiny_qwen3, batch, monkeypatch):
     model = calibrated(tiny_qwen3(), batch)
     calls = []
-    real = quantization.fake_quantize
-    monkeypatch.setattr(quantization, "fake_quantize", lambda x, scale: calls.append(x.dim()) or real(x, scale))
+    real = quantization.layers.fake_quantize
+    monkeypatch.setattr(quantization.layers, "fake_quantize", lambda x, scale: calls.append(x.dim()) or real(x, scale))
     for _ in range(2):
         hidden(model, batch).sum().backward()
         assert calls.count(2) == 2 * 7 and calls.count(3) == 2 * 4  # weights, inputs
@@ -360,12 +360,12 @@ def test_rollouts_are_those_of_the_quantised_model(tiny_qwen3, batch):
 
     model = calibrated(tiny_qwen3(), batch)
     calls = []
-    real = quantization.fake_quantize
+    real = quantization.layers.fake_quantize
     try:
-        quantization.fake_quantize = lambda x, scale: calls.append(x.shape) or real(x, scale)
+        quantization.layers.fake_quantize = lambda x, scale: calls.append(x.shape) or real(x, scale)
         got = sample(model)
     finally:
-        quantization.fake_quantize = real
+        quantization.layers.fake_quantize = real
     assert calls.count(torch.Size([32, 64])) == 2 + 2  # o_proj and down_proj of both blocks: each weight once
     plain = tiny_qwen3()
     with torch.no_grad():

@@ -70,6 +70,8 @@ class BlendStream:
         split: str = "train",
     ):
         self.sources, self.renderer, self.batch, self.limit, self.config = sources, renderer, batch, limit, config
+        self.names = _names([source.path for source in sources])
+        """Of the sources, in metrics: files' names without ending, all different."""
         self.mixture = Mixture(weights)
         self._orders = [
             Order(len(source), config.seed, split, number, shuffle=config.shuffle)
@@ -125,17 +127,23 @@ class BlendStream:
                 ready.append(None)
         encoded = iter(self.renderer.encode(texts))
         return [
-            self._rollout(document, *(made or next(encoded)))
-            for (_, document), made in zip(origins, ready, strict=True)
+            self._rollout(self.names[number], document, *(made or next(encoded)))
+            for (number, document), made in zip(origins, ready, strict=True)
         ]
 
-    def _rollout(self, document: int, tokens: list[int], read: int) -> Rollout:
+    def _rollout(self, source: str, document: int, tokens: list[int], read: int) -> Rollout:
         whole = len(tokens) <= self.limit
         if not whole:
             tokens = tokens[:1] if self.config.overlong == "drop" else tokens[: self.limit]
         response = tuple(tokens[read:])
-        prompt = Prompt(document, "", None, "", tuple(tokens[:read]), masked=not response)
+        prompt = Prompt(document, "", None, "", tuple(tokens[:read]), masked=not response, source=source)
         return Rollout(prompt, 0, response, finished=whole, weights_version=0)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    stems = [Path(path).stem for path in paths]
+    # Two files of one name in different folders are told apart by their place in the blend.
+    return [f"{stem}_{place}" if stems.count(stem) > 1 else stem for place, stem in enumerate(stems)]
 
 
 def open_blend(

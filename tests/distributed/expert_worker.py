@@ -19,11 +19,11 @@ import transformers
 from parallel_worker import CLIP, EXACT, VALID, K, V, data, error, results, whole
 from safetensors.torch import load_file
 from torch.distributed.tensor import Shard
+from worker_inputs import recipe
 
 from fastkd import attention, experts, grad_norm, parallel, quantization
 from fastkd.batch import pack
 from fastkd.losses import FusedTopK, PackedModel
-from fastkd.recipe import recipe_from
 from fastkd.student import Student
 from fastkd.teacher import Teacher
 
@@ -121,33 +121,15 @@ def check_uneven() -> None:
 # ---------------------------------------------------------------- workers
 
 
-def recipe(folder: Path, preset: str | None, sharding: dict[str, Any]):
-    return recipe_from(
-        {
-            "distillation": {"topk_logits_k": 16, "num_prompts_per_step": 8},
-            "loss_fn": {"kl_type": "forward", "outside_topk": "bucket"},
-            "policy": {
-                "model_name": str(folder / "student"),
-                "precision": "float32",
-                "max_total_sequence_length": 128,
-                "train_global_batch_size": 4,
-                "sequence_packing": {"enabled": True, "train_mb_tokens": 40},
-                "dtensor_cfg": sharding,
-                "quant_cfg": preset,
-                "max_grad_norm": 0.05,
-                # A large eps: Adam divides by the gradient's size, and would make rounding errors large.
-                "optimizer": {"name": "torch.optim.AdamW", "kwargs": {"lr": 1e-3, "eps": 1e-3, "foreach": True}},
-            },
-            "teacher": {"model_name": str(folder / "teacher")},
-            "data": {"train": {"data_path": "unused.jsonl"}},
-        }
-    ).recipe
+def config(folder: Path, preset: str | None, sharding: dict[str, Any]):
+    sizes = {"prompts": 8, "batch": 4, "micro_batch_tokens": 40}
+    return recipe(folder, sharding, optimizer={"foreach": True}, quant_cfg=preset, **sizes)
 
 
 def on(folder: Path, preset: str | None, tp: int, ep: int) -> Student:
     """A student on all ranks."""
     sharding = {"tensor_parallel_size": tp, "expert_parallel_size": ep, "sequence_parallel": True}
-    return Student(recipe(folder, preset, sharding), CPU, VALID, parallel.build_mesh(tp, 1, None, "cpu"))
+    return Student(config(folder, preset, sharding), CPU, VALID, parallel.build_mesh(tp, 1, None, "cpu"))
 
 
 def weights(student: Student) -> dict[str, torch.Tensor]:
@@ -162,8 +144,8 @@ def check_workers(folder: Path, preset: str | None, tp: int, ep: int, other: tup
     """Two steps under (tp, ep), and what is left of them in files; ``other``: (tp, ep) of the resumed run."""
     scratch = folder / f"{preset}_{dist.get_world_size()}"
     sequences = data()[0]
-    alone = Student(recipe(folder, preset, {}), CPU, VALID)
-    targets = Teacher(recipe(folder, None, {}), CPU, VALID).score(sequences)
+    alone = Student(config(folder, preset, {}), CPU, VALID)
+    targets = Teacher(config(folder, None, {}), CPU, VALID).score(sequences)
     student = on(folder, preset, tp, ep)
     same = weights(alone)
     assert all(torch.equal(value, same[name]) for name, value in weights(student).items()), "read differently"

@@ -8,7 +8,6 @@ Run as: quantization_worker.py FOLDER WORLD RANK, where FOLDER holds the model f
 
 from __future__ import annotations
 
-import random
 import sys
 from pathlib import Path
 
@@ -16,11 +15,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from worker_inputs import recipe, rollouts
 
 from fastkd import nvfp4_export, parallel, quantization, weights_export
-from fastkd.batch import Prompt, Rollout
 from fastkd.errors import UserError
-from fastkd.recipe import recipe_from
 from fastkd.student import Student
 from fastkd.teacher import Teacher
 
@@ -30,35 +28,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 """Relative error of metrics, and of weights in the 2-norm."""
 
 
-def recipe(folder: Path, preset: str, precision: str, sharding: dict):
-    return recipe_from(
-        {
-            "distillation": {"topk_logits_k": 16, "num_prompts_per_step": 14},
-            "loss_fn": {"kl_type": "forward", "outside_topk": "bucket"},
-            "policy": {
-                "model_name": str(folder / "student"),
-                "precision": precision,
-                "max_total_sequence_length": 128,
-                "train_global_batch_size": 7,  # so some ranks get an empty micro-batch
-                "sequence_packing": {"enabled": True, "train_mb_tokens": 60},
-                "dtensor_cfg": sharding,
-                "quant_cfg": preset,
-                "max_grad_norm": 0.05,
-                # A large eps: Adam divides by the gradient's size, and would make rounding errors large.
-                "optimizer": {"name": "torch.optim.AdamW", "kwargs": {"lr": 1e-3, "eps": 1e-3}},
-            },
-            "teacher": {"model_name": str(folder / "teacher")},
-            "data": {"train": {"data_path": "unused.jsonl"}},
-        }
-    ).recipe
-
-
-def rollouts() -> list[Rollout]:
-    rng, made = random.Random(0), []
-    for index in range(14):
-        prompt, response = (tuple(rng.randrange(97) for _ in range(rng.randint(1, 12))) for _ in range(2))
-        made.append(Rollout(Prompt(index, "", None, "", prompt), 0, response, True, 0))
-    return made
+def config(folder: Path, preset: str, precision: str, sharding: dict):
+    return recipe(folder, sharding, precision=precision, quant_cfg=preset)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,10 +47,10 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def check(folder: Path, scratch: Path, preset: str, precision: str, tp: int, dp: int, options: dict) -> float:
     """Largest relative error; raises where it is too large."""
     sequences = rollouts()
-    alone = Student(recipe(folder, preset, precision, {}), CPU, 97)
-    targets = Teacher(recipe(folder, preset, "float32", {}), CPU, 97).score(sequences)
+    alone = Student(config(folder, preset, precision, {}), CPU, 97)
+    targets = Teacher(config(folder, preset, "float32", {}), CPU, 97).score(sequences)
     mesh = parallel.build_mesh(tp, 1, dp, "cpu")
-    student = Student(recipe(folder, preset, precision, {"tensor_parallel_size": tp, **options}), CPU, 97, mesh)
+    student = Student(config(folder, preset, precision, {"tensor_parallel_size": tp, **options}), CPU, 97, mesh)
     tolerance = TOLERANCE[precision]
     for one in (alone, student):
         one.calibrate(sequences)
@@ -128,7 +99,7 @@ def check_state(student: Student, alone: Student, sequences, targets, scratch: P
     """A state of the mesh goes on in one process, with its scales."""
     student.save(scratch / "state", asynchronous=False)
     student.saved(wait=True)
-    again = Student(recipe(scratch.parent, "default", "float32", {}), CPU, 97)
+    again = Student(config(scratch.parent, "default", "float32", {}), CPU, 97)
     if len(scales(student)) == len(scales(again)):
         again.load(scratch / "state")
         got, wanted = (one.divergences(sequences, targets) for one in (again, student))
@@ -141,7 +112,7 @@ def check_state(student: Student, alone: Student, sequences, targets, scratch: P
 def check_cut_blocks(folder: Path, tp: int) -> None:
     try:
         mesh = parallel.build_mesh(tp, 1, None, "cpu")
-        Student(recipe(folder, "default", "float32", {"tensor_parallel_size": tp}), CPU, 97, mesh)
+        Student(config(folder, "default", "float32", {"tensor_parallel_size": tp}), CPU, 97, mesh)
     except UserError as raised:
         words = str(raised)
         assert "tensor_parallel_size=2" in words and "down_proj" in words and "48 inputs" in words, words

@@ -5,7 +5,6 @@ Run as: torchrun --nproc-per-node=R student_worker.py MODELS, where MODELS holds
 
 from __future__ import annotations
 
-import random
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,16 +15,18 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from worker_inputs import recipe, rollouts
 
 from fastkd import attention, losses, parallel
 from fastkd._kernels import ops
 from fastkd.batch import Prompt, Rollout, pack
 from fastkd.process_group import joined
-from fastkd.recipe import recipe_from
 from fastkd.student import Student
 from fastkd.teacher import Teacher
 
 EXACT = 1e-5
+SOURCES = ("books", "code", "books")
+"""Of a blend, in turns."""
 CASES = {
     1: [{}],
     2: [{"tensor_parallel_size": 2, "sequence_parallel": True}, {}, {"context_parallel_size": 2}],
@@ -33,36 +34,10 @@ CASES = {
 }
 
 
-def recipe(folder: Path, sharding: dict, precision: str, packed: bool, fused: bool = False):
-    return recipe_from(
-        {
-            "distillation": {"topk_logits_k": 16, "num_prompts_per_step": 14},
-            "loss_fn": {"kl_type": "reverse", "outside_topk": "bucket"},
-            "policy": {
-                "model_name": str(folder / "student"),
-                "precision": precision,
-                "max_total_sequence_length": 128,
-                "train_global_batch_size": 7,  # odd: no number of ranks divides it, so some get an empty micro-batch
-                "train_micro_batch_size": 2,
-                "sequence_packing": {"enabled": packed, "train_mb_tokens": 60},
-                "dtensor_cfg": sharding,
-                "max_grad_norm": 0.05,
-                # A large eps: Adam divides by the gradient's size, and would make rounding errors large.
-                "optimizer": {"name": "torch.optim.AdamW", "kwargs": {"lr": 1e-3, "eps": 1e-3, "fused": fused}},
-            },
-            "teacher": {"model_name": str(folder / "teacher")},
-            "data": {"train": {"data_path": "unused.jsonl"}},
-        }
-    ).recipe
-
-
-def rollouts() -> list[Rollout]:
-    """Fourteen, one of them without a response."""
-    rng, made = random.Random(0), []
-    for index in range(14):
-        prompt, response = (tuple(rng.randrange(97) for _ in range(rng.randint(1, 12))) for _ in range(2))
-        made.append(Rollout(Prompt(index, "", None, "", prompt), 0, () if index == 5 else response, True, 0))
-    return made
+def recipe_of(folder: Path, sharding: dict, precision: str, packed: bool, fused: bool = False):
+    packing = {"enabled": packed, "train_mb_tokens": 60}
+    more = {"precision": precision, "sequence_packing": packing, "train_micro_batch_size": 2}
+    return recipe(folder, sharding, kl="reverse", optimizer={"fused": fused}, **more)
 
 
 def collected(targets):
@@ -84,10 +59,10 @@ def error(got, wanted) -> float:
 
 
 def check(folder: Path, sharding: dict, precision: str, packed: bool) -> float:
-    config = recipe(folder, sharding, precision, packed, fused=not packed)
-    sequences = rollouts()
-    alone = Student(recipe(folder, {}, "float32", packed), torch.device("cpu"), 97)
-    targets = Teacher(recipe(folder, {}, "float32", packed), torch.device("cpu"), 97).score(sequences)
+    config = recipe_of(folder, sharding, precision, packed, fused=not packed)
+    sequences = rollouts(silent=5, sources=SOURCES)
+    alone = Student(recipe_of(folder, {}, "float32", packed), torch.device("cpu"), 97)
+    targets = Teacher(recipe_of(folder, {}, "float32", packed), torch.device("cpu"), 97).score(sequences)
     wanted = alone.train(sequences, targets) | alone.divergences(sequences, targets)
 
     tp, cp = sharding.get("tensor_parallel_size", 1), sharding.get("context_parallel_size", 1)
@@ -111,7 +86,20 @@ def check(folder: Path, sharding: dict, precision: str, packed: bool) -> float:
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, got)
     assert all(one == got for one in everyone), "the ranks report different metrics"
+    check_sources(student, sequences[7:], targets[7:], tolerance)
     return max(errors.values())
+
+
+def check_sources(student: Student, sequences: list[Rollout], targets, tolerance: float) -> None:
+    """Of one optimizer step: the loss is the mean of the sources' losses, weighted by tokens."""
+    found = student.train(sequences, targets)
+    counts = dict.fromkeys(SOURCES, 0)
+    for one in sequences:
+        counts[one.prompt.source] += len(one.response)
+    losses = {name: found[f"blend/loss/{name}"] for name in counts}
+    total = sum(counts[name] * loss for name, loss in losses.items()) / sum(counts.values())
+    assert abs(total - found["train/loss"]) <= tolerance * total, (found, counts)
+    assert abs(losses["books"] - losses["code"]) > 0.01 * total, "the sources must differ"
 
 
 class Largest(TorchDispatchMode):
