@@ -7,6 +7,7 @@ from fastkd.plan import load_rates, plan_of
 from fastkd.plan.assemble import gib
 from fastkd.plan.here import here
 from fastkd.plan.knobs import knobs
+from fastkd.plan.layout import RoleName
 from fastkd.recipe import LoadedRecipe
 
 
@@ -23,10 +24,10 @@ def memory_warnings(loaded: LoadedRecipe) -> list[str]:
     suffix = "" if device else ", the default of --plan"
     found = []
     for pool in plan.layout.pools:
-        short = [role for role in pool if plan.short(role)]
+        short: list[RoleName] = [role for role in pool if plan.short(role)]
         if plan.used(pool) <= plan.capacity and not short:
             continue
-        role = (short or sorted(pool))[0]  # "generation" first: its keys give way most easily
+        role = short[0] if short else "generation" if "generation" in pool else pool[0]
         needs = f"{gib(plan.used(pool)):.0f} of {gib(plan.capacity):.0f} GiB"
         if plan.used(pool) <= plan.capacity:
             facts = plan.memory[role].facts
