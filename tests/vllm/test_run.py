@@ -53,3 +53,28 @@ def test_three_steps(engines, root, tmp_path):
     assert [versions for _, versions in sampled] == [{0}, {1}, {2}]
     assert all(line["sync/probe_error"] < 1e-4 for line in lines)
     assert lines[-1]["sync/probe_moved"] > 0.01
+
+
+def test_a_quantised_student(engines, root, tmp_path):
+    """The engine samples with the values that the quantised layers multiply with, and quantises no inputs."""
+    from fastkd import runner
+
+    overrides = [
+        "policy.generation.backend=vllm",
+        "policy.generation.sync_probe={period: 1, tolerance: 0.001}",
+        "distillation.num_prompts_per_step=16",
+        "policy.train_global_batch_size=16",
+        "policy.quant_calib_size=16",
+        "distillation.max_num_steps=2",
+        "distillation.val_period=0",
+        "distillation.val_at_start=false",
+        "distillation.val_at_end=false",
+        "checkpointing.enabled=false",
+        f"logger.log_dir={tmp_path / 'run'}",
+    ]
+    engines.close()
+    runner.run(load_recipe(root / "recipes" / "qad_cpu.yaml", overrides))
+    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["sync/probe_error"] < 1e-4 for line in lines)
+    assert lines[-1]["sync/probe_moved"] > 1e-3
