@@ -21,8 +21,6 @@ KEPT_TEMPORARIES = {"cpu": 12, "cuda": 5}
 _LANE_MULTIPLE = 12
 _SELECT_BYTES = 40 << 20
 """Logits that the CPU selects from at a time."""
-_BLOCK_BYTES = 1 << 21
-"""Logits whose exponentials a CPU adds up at a time, beside the logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +96,6 @@ def loss_buffers(
     reserved = CHUNK_BYTES[kind] // 4 if widened else 0
     scratch = min(reserved, columns * hidden * 4)
     c, count = chunk_rows(active, row_bytes, CHUNK_BYTES[kind] - reserved)
-    if cpu:
-        scratch += min(c, max(1, _BLOCK_BYTES // (columns * 4))) * columns * 4
     wide = size < 4 and (count > 1 or cpu)
     whole = 0 if frozen_head or not count else columns * hidden
     in_flight = 2 * c * hidden * 4  # two chunks of dX: one travels over tp while the next is computed
