@@ -31,17 +31,18 @@ class HeadGemms:
         row_bytes = max(1, weight.shape[1] * self.dtype.itemsize)
         self.slab_rows = max(1, scratch_bytes // row_bytes)
         self._whole: Tensor | None = None
+        self._scratch: Tensor | None = None
 
     def activations(self, x: Tensor) -> Tensor:
         """``x`` as the GEMMs want it: as it is, or widened where the device has no mixed GEMM."""
         return x if self.mixed else x.to(self.dtype)
 
-    def logits(self, x: Tensor, out: Tensor) -> None:
-        """out[c, V] = x[c, D] Wᵀ."""
+    def logits(self, x: Tensor, out: Tensor, ids: slice = slice(None)) -> None:
+        """out[c, V] = x[c, D] Wᵀ, or [c, …] of the ids of a slice alone."""
         if self.mixed:
-            torch.mm(x, self.weight.t(), out_dtype=self.dtype, out=out)
+            torch.mm(x, self.weight[ids].t(), out_dtype=self.dtype, out=out)
             return
-        for start, stop, slab in self._slabs():
+        for start, stop, slab in self._slabs(ids):
             torch.mm(x, slab.t(), out=out[:, start:stop])
 
     def grad_hidden(self, dz: Tensor, out: Tensor, accumulate: bool = False) -> None:
@@ -66,20 +67,22 @@ class HeadGemms:
         else:
             torch.mm(dz.t(), x, out=out)
 
-    def _slabs(self) -> Iterator[tuple[int, int, Tensor]]:
-        """The weight in the compute dtype, in row ranges (start, stop, rows)."""
-        total = self.weight.shape[0]
+    def _slabs(self, ids: slice = slice(None)) -> Iterator[tuple[int, int, Tensor]]:
+        """The weight, or its rows ``ids``, in the compute dtype: row ranges (start, stop, rows)."""
+        weight = self.weight[ids]
+        total = len(weight)
         if self.native:
-            yield 0, total, self.weight
+            yield 0, total, weight
             return
-        if total <= self.slab_rows:  # a small head is widened once, not once per chunk and pass
+        if len(self.weight) <= self.slab_rows:  # a small head is widened once, not once per chunk and pass
             if self._whole is None:
                 self._whole = self.weight.to(self.dtype)
-            yield 0, total, self._whole
+            yield 0, total, self._whole[ids]
             return
-        scratch = self.weight.new_empty((self.slab_rows, self.weight.shape[1]), dtype=self.dtype)
+        if self._scratch is None:
+            self._scratch = weight.new_empty((self.slab_rows, weight.shape[1]), dtype=self.dtype)
         for start in range(0, total, self.slab_rows):
             stop = min(start + self.slab_rows, total)
-            slab = scratch[: stop - start]
-            slab.copy_(self.weight[start:stop])
+            slab = self._scratch[: stop - start]
+            slab.copy_(weight[start:stop])
             yield start, stop, slab

@@ -1,4 +1,6 @@
-"""The teacher's head: exact top-K of hidden · weightᵀ per row, a chunk of rows at a time, logits never kept.
+"""The teacher's head: exact top-K of hidden · weightᵀ per row, a chunk of logits at a time, none kept.
+
+A chunk is some rows, whole; on a CPU, where these are many, a strided part of more rows (``strided_topk``).
 
 With a group, every rank selects exactly among its own ids, rows are dealt out over the ranks (all-to-all) so that
 each merges N / R of them, and the merged rows are gathered. Dropped candidates join the tail, so its logsumexp stays
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd._kernels import row_stats
+from fastkd._kernels import row_stats, strided_topk
 from fastkd._kernels.gemm import HeadGemms
 from fastkd._kernels.row_topk import padded_columns, row_topk, select
 from fastkd._kernels.rows import (
@@ -29,6 +31,8 @@ from fastkd._kernels.rows import (
 from fastkd._kernels.tuning import use_triton
 from fastkd._kernels.vocab_parallel import Shards
 
+# The share of chunk_bytes that a strided part takes: by default 32 MiB, which stays in the last cache of a server.
+_STRIDED_SHARE = 5
 # Logits that are selected from at a time on the CPU: enough for all threads, and for calls on small vocabularies.
 _SELECT_BYTES = 40 << 20
 
@@ -75,13 +79,44 @@ def _local_topk(
         make((n, k), dtype=torch.int32), make((n, k), dtype=dtype), make(n, dtype=dtype), make(n, dtype=dtype)
     )
     gemms = HeadGemms(weight, chunk_bytes // 4)
+    blocks = None
+    if on_host(hidden.device) and softcap is None and not use_triton(hidden.device, dtype):
+        blocks = strided_topk.arrange(n, columns, k, dtype.itemsize, chunk_bytes // _STRIDED_SHARE)
+    if blocks is None:
+        _whole_rows(result, hidden, gemms, bias, temperature, softcap, chunk_bytes)
+        return result
+    left = []
+    for start in range(0, n, blocks.rows):
+        rows = slice(start, min(start + blocks.rows, n))
+        found, settled = strided_topk.strided_topk(gemms.activations(hidden[rows]), gemms, bias, k, temperature, blocks)
+        _store(result, rows, found)
+        left.append((~settled).nonzero().squeeze(1) + start)
+    rest = torch.cat(left)
+    if len(rest):
+        again = result.map(lambda whole: whole[rest])
+        _whole_rows(again, hidden[rest], gemms, bias, temperature, softcap, chunk_bytes)
+        _store(result, rest, again)
+    return result
+
+
+def _whole_rows(
+    result: TopK,
+    hidden: Tensor,
+    gemms: HeadGemms,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    chunk_bytes: int,
+) -> None:
+    """Fill ``result`` [n, K], selecting from whole rows of logits."""
+    (n, k), columns, dtype = result.indices.shape, len(gemms.weight), gemms.dtype
     leading = leading_dimension(padded_columns(columns, k))
     by_triton = use_triton(hidden.device, dtype)
     buffer = None
     for part in chunks(n, leading * dtype.itemsize, chunk_bytes - gemms.scratch_bytes):
         c = part.stop - part.start
         if buffer is None:
-            buffer = make((c, leading), dtype=dtype)
+            buffer = hidden.new_empty((c, leading), dtype=dtype)
             buffer[:, columns:] = -torch.inf  # the lanes' padding; GEMMs write in front of it
         chunk, logits = buffer[:c], buffer[:c, :columns]
         gemms.logits(gemms.activations(hidden[part]), logits)
@@ -98,10 +133,9 @@ def _local_topk(
             rows = slice(first, min(first + step, c))
             found = _select(chunk[rows], columns, k, temperature, softcap)
             _store(result, slice(part.start + rows.start, part.start + rows.stop), found)
-    return result
 
 
-def _store(result: TopK, rows: slice, found: TopK) -> None:
+def _store(result: TopK, rows: slice | Tensor, found: TopK) -> None:
     for whole, part in zip(result, found, strict=True):
         whole[rows] = part  # type: ignore[index]
 

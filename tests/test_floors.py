@@ -20,7 +20,7 @@ FLOORS = [
     " _kernels.triton_lanes _kernels.triton_nvfp4 _kernels.triton_sum",
     "recipe metrics packing optim data checkpoint grading answers pools lora_choice context_parallel tensor_plan trace"
     " placement quantization_choice blends shared_weights by_source"
-    " _kernels.nvfp4_ops _kernels.problem"
+    " _kernels.nvfp4_ops _kernels.problem _kernels.strided_topk"
     " _kernels.triton_math _kernels.triton_stats _kernels.triton_topk",
     "lora parallel plan context_distillation simulated_cluster quantization conf catalogue"
     " _kernels.linear_topk _kernels.row_finish",

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from fastkd import attention, lora, memory_test_roles, parallel
-from fastkd._kernels import row_passes, row_topk, rows
+from fastkd._kernels import linear_topk, row_passes, row_stats, row_topk, rows
 from fastkd.batch import Prompt, Rollout, pack
 from fastkd.config import LoRA
 from fastkd.kernels import TopK, vocab_topk
@@ -102,6 +102,7 @@ def test_the_kernels_constants():
     chunks = rows.DEFAULT_CHUNK_BYTES
     assert (loss_kernel.CHUNK_BYTES["cpu"], loss_kernel.CHUNK_BYTES["cuda"]) == (chunks["cpu"], chunks["other"])
     assert loss_kernel.KEPT_TEMPORARIES["cpu"] == row_passes.TORCH.kept_temporaries
+    assert (loss_kernel._BLOCK_BYTES, loss_kernel._SELECT_BYTES) == (row_stats._BLOCK_BYTES, linear_topk._SELECT_BYTES)
     assert [loss_kernel.leading(n) for n in (1, 15, 16, 151936)] == [
         rows.leading_dimension(n) for n in (1, 15, 16, 151936)
     ]
@@ -118,7 +119,12 @@ def test_a_tokens_payload():
 
 @pytest.mark.parametrize(
     ("tokens", "hidden", "vocab", "kept", "dtype"),
-    [(256, 128, 8000, 64, torch.float32), (2500, 32, 20000, 128, torch.float32), (600, 64, 24000, 64, torch.bfloat16)],
+    [
+        (256, 128, 8000, 64, torch.float32),
+        (2500, 32, 20000, 128, torch.float32),
+        (600, 64, 24000, 64, torch.bfloat16),
+        (128, 128, 2501, 32, torch.bfloat16),
+    ],
 )
 def test_the_loss_kernels_buffers(tokens, hidden, vocab, kept, dtype):
     from fastkd.kernels import topk_kl

@@ -4,8 +4,7 @@ Neither holds [N, V] logits. Per chunk of c rows the loss holds a float32 buffer
 ``chunk_bytes`` together; besides dX and dW, which is a float32 sum where chunks of a bfloat16 head are added up. The
 top-K holds one buffer and its results.
 
-The constants are those of ``kernels/rows.py`` and ``kernels/row_passes.py``, which import torch and a plan must not; a
-test compares them.
+The constants are those of the modules of ``kernels/``, which import torch and a plan must not; a test compares them.
 
 Letters: A rows that count, c rows of a chunk, D hidden, Vl vocabulary rows of this rank, K kept.
 """
@@ -21,6 +20,11 @@ KEPT_TEMPORARIES = {"cpu": 12, "cuda": 5}
 _LANE_MULTIPLE = 12
 _SELECT_BYTES = 40 << 20
 """Logits that the CPU selects from at a time."""
+_STRIDED_SHARE = 5
+_STRIDED_ROWS, _STRIDED_LANE, _STRIDED_LANE_BYTES = 1024, 10, 320
+"""Of ``kernels/strided_topk.py``."""
+_BLOCK_BYTES = 1 << 21
+"""Logits whose exponentials the CPU adds up at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,9 @@ def loss_buffers(
     reserved = CHUNK_BYTES[kind] // 4 if widened else 0
     scratch = min(reserved, columns * hidden * 4)
     c, count = chunk_rows(active, row_bytes, CHUNK_BYTES[kind] - reserved)
+    if cpu:  # exponentials are gone before the [c, K] temporaries come: only what they need beyond these counts
+        block = min(c, max(1, _BLOCK_BYTES // (columns * 4))) * columns * 4
+        scratch += max(0, block - c * kept * KEPT_TEMPORARIES[kind] * 4)
     wide = size < 4 and (count > 1 or cpu)
     whole = 0 if frozen_head or not count else columns * hidden
     in_flight = 2 * c * hidden * 4  # two chunks of dX: one travels over tp while the next is computed
@@ -113,18 +120,42 @@ def topk_buffers(*, active: int, hidden: int, columns: int, kept: int, size: int
 
     Args: as of :func:`loss_buffers`; ``tp``: ranks that exchange candidates.
     """
-    kind = "cpu" if cpu else "cuda"
+    results = active * (kept * 8 + 8)
+    merged = 3 * results if tp > 1 else 0  # candidates sent, received, and gathered again
+    held = active * hidden * size + results + merged
+    reserved = CHUNK_BYTES["cpu"] // 4 if cpu and size < 4 else 0
+    scratch = min(reserved, columns * hidden * 4)
+    strided = strided_rows(active, columns, kept) if cpu else None
+    if strided is not None:
+        c, count, sample = strided
+        many = -(-columns // (count * _STRIDED_LANE))
+        block = c * many * _STRIDED_LANE * 4
+        sums = 8 * c * many + min(block, _BLOCK_BYTES)
+        widened = c * hidden * 4 if size < 4 else 0
+        return held + scratch + widened + block + sums + c * sample * (_STRIDED_LANE_BYTES + 16 * count)
     each, many = lanes(columns, kept)
     width = leading(each * many)  # rows are padded to full lanes
-    reserved = CHUNK_BYTES[kind] // 4 if cpu and size < 4 else 0
-    c, _ = chunk_rows(active, width * 4, CHUNK_BYTES[kind] - reserved)
-    scratch = min(reserved, columns * hidden * 4)
+    c, _ = chunk_rows(active, width * 4, CHUNK_BYTES["cpu" if cpu else "cuda"] - reserved)
     if cpu:  # maxima of lanes, candidates of the best ones, and some 16 numbers for each of the K
         selected = min(c, max(1, _SELECT_BYTES // (width * 4)))
         scratch += selected * ((4 * (many + each * (kept + 1)) if each > 1 else 0) + 64 * kept)
-    results = active * (kept * 8 + 8)
-    merged = 3 * results if tp > 1 else 0  # candidates sent, received, and gathered again
-    return active * hidden * size + c * width * 4 + scratch + results + merged
+    return held + c * width * 4 + scratch
+
+
+def strided_rows(active: int, columns: int, kept: int) -> tuple[int, int, int] | None:
+    """(rows of a chunk, blocks, size of the sample) of a CPU's top-K: ``kernels/strided_topk.py``'s ``arrange``."""
+    most, block_bytes = _STRIDED_ROWS, CHUNK_BYTES["cpu"] // _STRIDED_SHARE
+    while active and kept:
+        chunk = -(-active // -(-active // most))
+        count = -(-chunk * columns * 4 // block_bytes)
+        share = kept / count
+        sample = math.ceil(share + 4 * math.sqrt(share)) + 4
+        if count < 2 or 8 * sample > columns // count:
+            return None
+        if chunk * sample * (_STRIDED_LANE_BYTES + 16 * count) <= 2 * block_bytes:
+            return chunk, count, sample
+        most = chunk // 2
+    return None
 
 
 def teacher_rows(active: int, kept: int) -> int:
