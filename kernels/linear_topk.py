@@ -1,6 +1,6 @@
 """The teacher's head: exact top-K of hidden · weightᵀ per row, a chunk of logits at a time, none kept.
 
-A chunk is some rows, whole; on a CPU, where these are many, a strided part of more rows (``strided_topk``).
+A chunk is some rows, whole; on a CPU, where few of them fit, a strided part of many rows (``strided_topk``).
 
 With a group, every rank selects exactly among its own ids, rows are dealt out over the ranks (all-to-all) so that
 each merges N / R of them, and the merged rows are gathered. Dropped candidates join the tail, so its logsumexp stays
@@ -31,8 +31,6 @@ from fastkd._kernels.rows import (
 from fastkd._kernels.tuning import use_triton
 from fastkd._kernels.vocab_parallel import Shards
 
-# The share of chunk_bytes that a strided part takes: by default 32 MiB, which stays in the last cache of a server.
-_STRIDED_SHARE = 5
 # Logits that are selected from at a time on the CPU: enough for all threads, and for calls on small vocabularies.
 _SELECT_BYTES = 40 << 20
 
@@ -81,7 +79,7 @@ def _local_topk(
     gemms = HeadGemms(weight, chunk_bytes // 4)
     blocks = None
     if on_host(hidden.device) and softcap is None and not use_triton(hidden.device, dtype):
-        blocks = strided_topk.arrange(n, columns, k, dtype.itemsize, chunk_bytes // _STRIDED_SHARE)
+        blocks = strided_topk.arrange(n, columns, k, dtype.itemsize, chunk_bytes)
     if blocks is None:
         _whole_rows(result, hidden, gemms, bias, temperature, softcap, chunk_bytes)
         return result

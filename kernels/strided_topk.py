@@ -26,6 +26,10 @@ from fastkd._kernels import row_stats
 from fastkd._kernels.gemm import HeadGemms
 from fastkd._kernels.rows import LOG_ZERO, TopK
 
+_ENOUGH_ROWS = 512
+"""Of whole logits: beyond these a weight that is read more often hardly counts."""
+_SHARE = 5
+"""A block takes a fifth of ``chunk_bytes``, by default 32 MiB: what a server's last cache holds, and malloc keeps."""
 _MOST_ROWS = 1024
 """More rows make blocks of a size too narrow; fewer read the weight more often."""
 _PER_LANE = 10
@@ -66,15 +70,19 @@ class Blocks:
         return 8 * self.sample
 
 
-def arrange(rows: int, columns: int, k: int, itemsize: int, block_bytes: int) -> Blocks | None:
-    """Blocks of at most ``block_bytes``, and at most twice that for their candidates.
+def arrange(rows: int, columns: int, k: int, itemsize: int, chunk_bytes: int) -> Blocks | None:
+    """Blocks for ``rows`` rows [N], or None where whole rows are as good.
 
-    None where all logits fit into one block, or where a block is too small a sample.
+    That is where all of them, or enough for the GEMM to run at its rate, fit into ``chunk_bytes``; and where a block
+    would be too small a sample.
     """
+    if chunk_bytes // max(1, columns * itemsize) >= min(rows, _ENOUGH_ROWS):
+        return None
+    block_bytes = max(1, chunk_bytes // _SHARE)
     most = _MOST_ROWS
-    while rows and k:
+    while most and k:
         chunk = -(-rows // -(-rows // most))
-        count = -(-chunk * columns * itemsize // max(1, block_bytes))
+        count = -(-chunk * columns * itemsize // block_bytes)
         share = k / count
         sample = math.ceil(share + 4 * math.sqrt(share)) + 4
         if count < 2 or 8 * sample > columns // count:

@@ -10,7 +10,7 @@ from fastkd._kernels.gemm import HeadGemms
 from fastkd.kernels import vocab_topk
 
 V, K = 20_011, 64
-CHUNK_BYTES = 400_000
+CHUNK_BYTES = 200_000  # two rows of logits
 
 
 def gaussian(rows, seed=0):
@@ -18,7 +18,7 @@ def gaussian(rows, seed=0):
 
 
 def blocks_for(rows, k=K):
-    found = strided_topk.arrange(rows, V, k, 4, CHUNK_BYTES // 5)
+    found = strided_topk.arrange(rows, V, k, 4, CHUNK_BYTES)
     assert found is not None and found.count > 1
     return found
 
@@ -92,12 +92,22 @@ def test_nan_is_reported():
         vocab_topk(torch.eye(3), logits.T.contiguous(), K, chunk_bytes=CHUNK_BYTES)
 
 
-def test_a_sample_too_small_or_logits_that_fit_are_not_strided():
-    assert strided_topk.arrange(100, 400, 32, 4, 32 << 20) is None  # one block
-    assert strided_topk.arrange(1000, 60_000, 20_000, 4, 32 << 20) is None  # a third of the vocabulary
-    assert strided_topk.arrange(0, 151_936, 512, 4, 32 << 20) is None
-    wide = strided_topk.arrange(20_480, 151_936, 2048, 4, 32 << 20)
-    assert wide is not None and wide.rows * (wide.width * 4 + wide.capacity * 8) <= 96 << 20
+def test_where_whole_rows_are_as_good():
+    chunk_bytes = 160 << 20
+    assert strided_topk.arrange(0, 151_936, 512, 4, chunk_bytes) is None
+    assert strided_topk.arrange(256, 151_936, 512, 4, chunk_bytes) is None  # all fit
+    assert strided_topk.arrange(20_480, 65_536, 512, 4, chunk_bytes) is None  # 640 at a time
+    assert strided_topk.arrange(20_480, 151_936, 50_000, 4, chunk_bytes) is None  # a third of the vocabulary
+    assert strided_topk.arrange(5, 300, 150, 4, 1000) is None
+
+
+@pytest.mark.parametrize("k", [1, 512, 2048, 4096])
+@pytest.mark.parametrize("rows", [300, 20_480])
+def test_buffers_stay_within_chunk_bytes(rows, k):
+    chunk_bytes = 160 << 20
+    blocks = strided_topk.arrange(rows, 151_936, k, 4, chunk_bytes)
+    assert blocks is not None and blocks.rows <= rows
+    assert blocks.rows * (blocks.width * 4 + 2 * blocks.lanes * 4 + blocks.capacity * 8) <= chunk_bytes * 3 // 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -105,7 +115,7 @@ def test_weights_are_widened_part_by_part(dtype):
     """The same rows from a weight that the device cannot multiply as it is."""
     make = torch.Generator().manual_seed(2)
     hidden, weight = torch.randn(40, 48, generator=make).to(dtype), torch.randn(V, 48, generator=make).to(dtype)
-    assert strided_topk.arrange(40, V, K, 4, 1_000_000 // 5) is not None
+    assert strided_topk.arrange(40, V, K, 4, 1_000_000) is not None
     found = vocab_topk(hidden, weight, K, chunk_bytes=1_000_000)
     ids, values, lse, tail = reference.topk(hidden.double() @ weight.double().T, K)
     assert torch.equal(found.indices.long(), ids)

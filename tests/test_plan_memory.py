@@ -5,6 +5,7 @@ Sharded steps run rank 0 alone, with a process group whose collectives do nothin
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from fastkd import attention, lora, memory_test_roles, parallel
-from fastkd._kernels import linear_topk, row_passes, row_stats, row_topk, rows
+from fastkd._kernels import linear_topk, row_passes, row_stats, row_topk, rows, strided_topk
 from fastkd.batch import Prompt, Rollout, pack
 from fastkd.config import LoRA
 from fastkd.kernels import TopK, vocab_topk
@@ -107,6 +108,13 @@ def test_the_kernels_constants():
         rows.leading_dimension(n) for n in (1, 15, 16, 151936)
     ]
     assert [loss_kernel.lanes(*one) for one in SELECTIONS] == [row_topk.lanes_for(*one) for one in SELECTIONS]
+    for active, columns, kept in itertools.product(
+        (0, 5, 300, 1500, 20480), (416, 50000, 151936, 500000), (1, 64, 2048)
+    ):
+        blocks = strided_topk.arrange(active, columns, kept, 4, chunks["cpu"])
+        expected = None if blocks is None else (blocks.rows, blocks.count, blocks.sample)
+        assert loss_kernel.strided_rows(active, columns, kept) == expected
+        assert blocks is None or blocks.width == -(-columns // (blocks.count * loss_kernel._STRIDED_LANE)) * 10
     for count in (1, 7, 1000, 20480):
         parts = list(rows.chunks(count, 6000, 1 << 20))
         assert loss_kernel.chunk_rows(count, 6000, 1 << 20) == (parts[0].stop, len(parts))
@@ -139,6 +147,17 @@ def test_the_loss_kernels_buffers(tokens, hidden, vocab, kept, dtype):
     assert loss_kernel.loss_buffers(tokens=tokens, **sizes).peak == pytest.approx(measured, rel=0.1)
     measured = peak_bytes(lambda: vocab_topk(x.detach(), w.detach(), kept))
     assert loss_kernel.topk_buffers(**sizes) == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.parametrize(("tokens", "vocab", "kept"), [(400, 151936, 512), (1100, 100000, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_topk_of_a_large_vocabulary(tokens, vocab, kept, dtype):
+    torch.manual_seed(0)
+    x, w = torch.randn(tokens, 64, dtype=dtype), torch.randn(vocab, 64, dtype=dtype)
+    expected = loss_kernel.topk_buffers(
+        active=tokens, hidden=64, columns=vocab, kept=kept, size=x.element_size(), cpu=True
+    )
+    assert expected == pytest.approx(peak_bytes(lambda: vocab_topk(x, w, kept)), rel=0.2)
 
 
 def test_a_small_vocabularys_topk_is_mostly_selection():

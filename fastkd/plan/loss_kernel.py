@@ -20,8 +20,7 @@ KEPT_TEMPORARIES = {"cpu": 12, "cuda": 5}
 _LANE_MULTIPLE = 12
 _SELECT_BYTES = 40 << 20
 """Logits that the CPU selects from at a time."""
-_STRIDED_SHARE = 5
-_STRIDED_ROWS, _STRIDED_LANE, _STRIDED_LANE_BYTES = 1024, 10, 320
+_STRIDED_ENOUGH, _STRIDED_SHARE, _STRIDED_ROWS, _STRIDED_LANE, _STRIDED_LANE_BYTES = 512, 5, 1024, 10, 320
 """Of ``kernels/strided_topk.py``."""
 _BLOCK_BYTES = 1 << 21
 """Logits whose exponentials the CPU adds up at a time."""
@@ -145,7 +144,9 @@ def topk_buffers(*, active: int, hidden: int, columns: int, kept: int, size: int
 def strided_rows(active: int, columns: int, kept: int) -> tuple[int, int, int] | None:
     """(rows of a chunk, blocks, size of the sample) of a CPU's top-K: ``kernels/strided_topk.py``'s ``arrange``."""
     most, block_bytes = _STRIDED_ROWS, CHUNK_BYTES["cpu"] // _STRIDED_SHARE
-    while active and kept:
+    if CHUNK_BYTES["cpu"] // (columns * 4) >= min(active, _STRIDED_ENOUGH):
+        return None
+    while most and kept:
         chunk = -(-active // -(-active // most))
         count = -(-chunk * columns * 4 // block_bytes)
         share = kept / count
