@@ -33,6 +33,8 @@ _SHARE = 5
 _MOST_ROWS = 1024
 """More rows make blocks of a size too narrow; fewer read the weight more often."""
 _PER_LANE = 10
+_LANE_MULTIPLE = 8
+"""So that rows of the buffer start on a cache line."""
 _LANE_BYTES = 32 * _PER_LANE
 """What reading a lane again takes, places and terms of its values included."""
 _LOG2_E = 1.0 / math.log(2.0)
@@ -87,7 +89,8 @@ def arrange(rows: int, columns: int, k: int, itemsize: int, chunk_bytes: int) ->
         sample = math.ceil(share + 4 * math.sqrt(share)) + 4
         if count < 2 or 8 * sample > columns // count:
             return None
-        blocks = Blocks(chunk, count, sample, -(-columns // (count * _PER_LANE)))
+        lanes = -(-columns // (count * _PER_LANE * _LANE_MULTIPLE)) * _LANE_MULTIPLE
+        blocks = Blocks(chunk, count, sample, lanes)
         if chunk * (sample * _LANE_BYTES + blocks.capacity * 8) <= 2 * block_bytes:
             return blocks
         most = chunk // 2
@@ -153,10 +156,11 @@ def strided_topk(
             grid = terms.unflatten(1, (_PER_LANE, lanes))
             torch.sum(grid, 1, out=lane_sums[rows])
             torch.amax(grid, 1, out=lane_tops[rows])
-        reached = lane_tops >= _NEARLY_ONE
-        settled &= reached.sum(1) <= blocks.crowded
-        reached &= settled[:, None]
-        rows_H, columns_H, values_H = _candidates(buffer, reached, threshold, scale, lane_sums)
+        rows_M, lanes_M = (lane_tops >= _NEARLY_ONE).nonzero(as_tuple=True)
+        settled &= torch.bincount(rows_M, minlength=c) <= blocks.crowded
+        if not settled.all():
+            rows_M, lanes_M = rows_M[settled[rows_M]], lanes_M[settled[rows_M]]
+        rows_H, columns_H, values_H = _candidates(buffer, rows_M, lanes_M, threshold, scale, lane_sums)
         found.add(rows_H, columns_H * blocks.count + j, values_H)
         total += lane_sums.sum(1)
     settled &= (found.filled > k) & (found.filled <= blocks.capacity) & total.isfinite()
@@ -164,14 +168,13 @@ def strided_topk(
 
 
 def _candidates(
-    buffer: Tensor, reached: Tensor, threshold: Tensor, scale: float, lane_sums: Tensor
+    buffer: Tensor, rows_M: Tensor, lanes_M: Tensor, threshold: Tensor, scale: float, lane_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, columns, values) [H] of the logits from ``threshold`` [c] on, in the lanes ``reached`` [c, L].
+    """(rows, columns, values) [H] of the logits from ``threshold`` [c] on in lanes ``lanes_M`` of rows ``rows_M``.
 
     ``lane_sums`` [c, L] keep the terms of the other logits of these lanes, added up anew: a difference would cancel.
     """
-    lanes, width = reached.shape[1], buffer.shape[1]
-    rows_M, lanes_M = reached.nonzero(as_tuple=True)
+    lanes, width = lane_sums.shape[1], buffer.shape[1]
     places = (rows_M * width + lanes_M)[:, None] + torch.arange(0, width, lanes)  # [M, ids of a lane]
     values = buffer.view(-1).take(places)
     threshold_M = threshold[rows_M][:, None]

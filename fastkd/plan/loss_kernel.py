@@ -127,7 +127,7 @@ def topk_buffers(*, active: int, hidden: int, columns: int, kept: int, size: int
     strided = strided_rows(active, columns, kept) if cpu else None
     if strided is not None:
         c, count, sample = strided
-        many = -(-columns // (count * _STRIDED_LANE))
+        many = -(-columns // (count * _STRIDED_LANE * 8)) * 8
         block = c * many * _STRIDED_LANE * 4
         sums = 8 * c * many + min(block, _BLOCK_BYTES)
         widened = c * hidden * 4 if size < 4 else 0
