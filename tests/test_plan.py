@@ -285,7 +285,7 @@ def test_a_teacher_in_vllm_that_does_not_fit_says_what_to_turn(capsys):
     assert "4 engines TP1" in out and "Qwen/Qwen3-14B (in vLLM)" in out and "fits         no: teacher" in out
     assert "An engine of teacher needs" in out and f"1. {keys}gpu_memory_utilization=" in out
     plan = shipped("topk512_qwen3_14b", *narrow)
-    assert plan.short("teacher") and not plan.engine_short
+    assert plan.short("teacher") and not plan.short("generation")
     found = knobs(plan, "teacher")
     assert found[0].key == f"{keys}gpu_memory_utilization" and found[0].value == 0.85 and found[0].fits
     assert shipped("topk512_qwen3_14b", *narrow, found[0].override).fits
@@ -429,7 +429,7 @@ def test_knobs_of_training_spread_it_out():
 
 def test_an_engine_that_cannot_hold_one_sequence_does_not_fit():
     plan = shipped("topk512_qwen3_14b", "policy.generation.vllm_cfg.tensor_parallel_size=1")
-    assert plan.engine_short and plan.tight == ["generation"]
+    assert plan.short("generation") and plan.tight == ["generation"]
     found = knobs(plan, "generation")
     assert found[1].key.endswith("gpu_memory_utilization") and 0.65 < found[1].value < 0.95 and found[1].fits
     # Where one GPU cannot do it, more have to.

@@ -74,11 +74,6 @@ class Plan:
         return facts.get("memory it needs", 0.0) > facts.get("memory it may take", float("inf"))
 
     @property
-    def engine_short(self) -> bool:
-        """``short`` of generation."""
-        return self.short("generation")
-
-    @property
     def fits(self) -> bool:
         """Whether every role does."""
         return not self.tight

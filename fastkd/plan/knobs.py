@@ -97,7 +97,7 @@ def _generation(plan: Plan) -> Iterator[tuple[str, Any, str]]:
     vllm = policy.generation.backend == "vllm"
     if vllm:
         yield "policy.generation_batch_size", None, "not read with backend vllm, whose engines schedule by themselves"
-        yield _engine_share(plan, plan.engine_short)
+        yield _engine_share(plan, plan.short("generation"))
         yield "distillation.val_batch_size", None, "no effect with backend vllm: its cache is as large either way"
         values = tuple(size for size in (2, 4, 8) if size > engine.tensor_parallel_size)
         yield "policy.generation.vllm_cfg.tensor_parallel_size", values, "GPUs that share an engine's weights and cache"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -62,46 +62,34 @@ def resume(causal_lm: Any) -> None:
     quantizers_of(causal_lm).on = True
 
 
-@contextmanager
-def disabled(causal_lm: Any) -> Iterator[None]:
+def disabled(causal_lm: Any) -> AbstractContextManager[None]:
     """Inside, layers compute as ever. A model without quantisers stays as it is."""
-    if not has_quantizers(causal_lm):
-        yield
-        return
-    shared = quantizers_of(causal_lm)
-    before, shared.on = shared.on, False
-    try:
-        yield
-    finally:
-        shared.on = before
+    return _with(causal_lm, on=False)
 
 
-@contextmanager
-def weights_kept(causal_lm: Any) -> Iterator[None]:
+def weights_kept(causal_lm: Any) -> AbstractContextManager[None]:
     """Inside, W̃ is computed once per layer and kept: for many forwards without a change of the weights, not sharded."""
-    if not has_quantizers(causal_lm) or mesh_of(causal_lm) is not None:
-        yield
-        return
-    shared = quantizers_of(causal_lm)
-    before, shared.kept = shared.kept, {}
-    try:
-        yield
-    finally:
-        shared.kept = before
+    return nullcontext() if mesh_of(causal_lm) is not None else _with(causal_lm, kept={})
+
+
+def weights_alone(causal_lm: Any) -> AbstractContextManager[None]:
+    """Inside, inputs are not quantised: what an engine with folded weights computes."""
+    return _with(causal_lm, activations=False)
 
 
 @contextmanager
-def weights_alone(causal_lm: Any) -> Iterator[None]:
-    """Inside, inputs are not quantised: what an engine with folded weights computes."""
+def _with(causal_lm: Any, **settings: Any) -> Iterator[None]:
+    """Inside, the model's quantisers, if it has any, are set otherwise."""
     if not has_quantizers(causal_lm):
         yield
         return
     shared = quantizers_of(causal_lm)
-    before, shared.activations = shared.activations, False
+    before = {name: getattr(shared, name) for name in settings}
     try:
+        vars(shared).update(settings)
         yield
     finally:
-        shared.activations = before
+        vars(shared).update(before)
 
 
 def fold(causal_lm: Any, layer: Any, weight: Tensor, held: slice = slice(None)) -> Tensor:
