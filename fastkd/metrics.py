@@ -89,15 +89,16 @@ def require_sinks(config: Logger) -> None:
     """Check, before anything is written, that the packages of the enabled sinks are there. Raises MissingDependency."""
     from importlib.util import find_spec
 
-    for enabled, package, extra in (
-        (config.tensorboard_enabled, "tensorboard", "tensorboard"),
-        (config.wandb_enabled, "wandb", "wandb"),
+    for key, package, extra in (
+        ("tensorboard_enabled", "tensorboard", "tensorboard"),
+        ("wandb_enabled", "wandb", "wandb"),
+        ("monitor_gpus", "pynvml", "monitor"),
     ):
-        if enabled and find_spec(package) is None:
+        if getattr(config, key) and find_spec(package) is None:
             raise MissingDependency(
-                f"logger.{package}_enabled",
+                f"logger.{key}",
                 f"the package {package} is not installed",
-                f"Run: pip install 'fastkd[{extra}]', or set logger.{package}_enabled=false",
+                f"Run: pip install 'fastkd[{extra}]', or set logger.{key}=false",
                 value=True,
             )
 

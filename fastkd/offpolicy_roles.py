@@ -26,13 +26,8 @@ class _None(Sequence[Any]):
 class TextRoles(RayRoles):
     """``roles.Roles`` of a run on a blend; ``started`` makes it."""
 
-    def _engine_pool(self, options: Any) -> Any:
-        del options
+    def _engine_pool(self) -> Any:
         return _None()
-
-    def _turn_calls(self) -> dict[str, Any]:
-        """Nobody samples: training and teacher alone take turns."""
-        return {role: calls for role, calls in super()._turn_calls().items() if role != "generation"}
 
     def sync(self) -> Metrics:
         """Nobody samples with the weights; counts optimizer steps alone."""

@@ -1,38 +1,37 @@
 """The three roles as pools of Ray actors, each on nodes of its own or sharing them, as the recipe says.
 
 The driver moves prompts, rollouts and references. Rows stay on the teacher's nodes until the training rank
-that needs them fetches them, and weights go from the first training rank to the engines through the object stores.
+that needs them fetches them, and weights go from the training group to the engines (``fastkd.ray_sync``). Roles that
+share devices take turns with the memory (``fastkd.ray_turns``).
 
-What is lost is replaced, ``cluster.max_restarts`` times per role: an engine gets the newest weights and its batch is
-sampled again; a teacher scores again; a training group is left to the runner, which goes on from a checkpoint.
+What is lost is replaced (``fastkd.ray_repairs``): an engine gets the newest weights and its batch is sampled again; a
+teacher scores again; a training group is left to the runner, which goes on from a checkpoint.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import ObjectLostError, RayActorError  # pyright: ignore[reportMissingImports]
-
 from fastkd import cluster_workers as work
 from fastkd import engine_actors
-from fastkd.actors import NodeLost, WorkerDied, WorkerFailed
+from fastkd.actors import WorkerDied
 from fastkd.batch import Prompt, Rollout
 from fastkd.checkpoint import Workers
 from fastkd.collect import Collection
 from fastkd.driver import Inputs
-from fastkd.errors import UserError
-from fastkd.health import Limits
 from fastkd.log import bars, logger
 from fastkd.metrics import Metrics
-from fastkd.placement import Placement, devices_per_worker
+from fastkd.placement import Placement
 from fastkd.ray_cluster import connected
-from fastkd.ray_pools import Options, Pending, RayPool
+from fastkd.ray_pools import Pending, RayPool
+from fastkd.ray_repairs import Repairs
+from fastkd.ray_role_pools import RolePools
+from fastkd.ray_sync import LOST, StoreSync, VllmSync, WeightSync
+from fastkd.ray_turns import PoolTurns
 from fastkd.refs import Refs
 from fastkd.roles import Phase, Scored
 from fastkd.rollout import Request
@@ -40,12 +39,6 @@ from fastkd.shared_weights import shares_student
 from fastkd.student import Student
 from fastkd.teacher import Teacher
 from fastkd.timeline import Work
-from fastkd.turns import Turns, give_memory, take_memory
-
-_LOST: tuple[type[BaseException], ...] = (ObjectLostError, RayActorError)
-"""What fetching an object raises whose maker is gone."""
-NODE_SECONDS = 120.0
-"""How long a role waits for a node to take the place of one that is gone."""
 
 
 class RayRoles:
@@ -53,24 +46,13 @@ class RayRoles:
 
     def __init__(self, inputs: Inputs, placement: Placement):
         recipe = inputs.recipe
-        self.inputs, self.recipe, self.placement = inputs, recipe, placement
-        self.restarts: Counter[str] = Counter()
-        self.closed = False
-        self.pools: dict[str, RayPool[Any]] = {}
+        self.inputs, self.recipe = inputs, recipe
+        self.pools = RolePools(inputs, placement)
         self.teacher_shares = shares_student(recipe)
-        self.by_vllm = recipe.policy.generation.backend == "vllm"
-        self.connected = False
-        """Whether the training group and the vLLM engines, all of them, are in one transfer group."""
         self.version = 0
         """Optimizer steps that the student had taken at the last sync."""
-        self.published: tuple[Refs, int] | None = None
-        """The newest weights that generation was given, and their version."""
-        self.giving: list[Pending[bool]] = []
-        """Engines about to take weights that are not waited for."""
-        self.turns: Turns | None = None
-        """Of roles that share their devices."""
-        self._mending = threading.RLock()
-        """Whoever replaces workers, or gives weights to engines; one thread collects ahead while another trains."""
+        self.turns = PoolTurns(recipe)
+        self.repairs = Repairs(recipe.cluster.max_restarts, self.turns)
         self.workers = Workers(
             save=lambda path, asynchronous: self._training().run(Student.save, path, asynchronous),
             saved=lambda wait: self.student.run(Student.saved, wait),
@@ -79,17 +61,13 @@ class RayRoles:
 
     def _start(self) -> None:
         """Start the pools; ``close`` ends those that were started, whatever happened to the others."""
-        recipe, inputs = self.recipe, self.inputs
-        threads = recipe.cluster.cpu_threads if recipe.cluster.device == "cpu" else None
-        limits = Limits(disk_path=str(recipe.checkpointing.checkpoint_dir))
-        group, alone = Options(threads=threads, limits=limits), Options(False, threads=threads, limits=limits)
-        self.student: RayPool[Any] = self._pool(
-            "training", group, work.learner, recipe, inputs.student_vocab, inputs.teacher_vocab
-        )
-        self.teacher: RayPool[Any] = self.student if self.teacher_shares else self._teacher_pool(group, alone)
-        self.engines: RayPool[Any] = self._engine_pool(alone)
-        if self._shares_devices():
-            self.turns = Turns(self._turn_calls())
+        self.student = self.pools.training()
+        self.teacher: RayPool[Any] = self.student if self.teacher_shares else self.pools.teacher()
+        self.engines = self._engine_pool()
+        self.weights: WeightSync = self._weight_sync()
+        mend = {"generation": self.engine_lost, "teacher": self.teacher_lost}  # a training group is the runner's
+        for role, pool in self.pools.items():
+            self.turns.add(pool, mend.get(role))
 
     @classmethod
     @contextmanager
@@ -114,78 +92,30 @@ class RayRoles:
             finally:
                 roles.close(at_once=failed)
 
-    def _pool(self, role: str, options: Options, build: Any, *args: Any) -> RayPool[Any]:
-        pool = self.pools[role] = RayPool(self.placement.slots(role), options, build, *args)
-        return pool
+    def _engine_pool(self) -> RayPool[Any]:
+        return self.pools.generation()
 
-    def _teacher_pool(self, group: Options, alone: Options) -> RayPool[Any]:
-        recipe, vocab = self.recipe, self.inputs.teacher_vocab
-        if recipe.teacher.backend == "vllm":
-            count = len(self.placement.slots("teacher"))
-            return self._pool("teacher", alone, engine_actors.build_scorer, recipe, vocab, count)
-        return self._pool("teacher", group, work.scorer, recipe, vocab)
+    def _weight_sync(self) -> WeightSync:
+        if self.recipe.policy.generation.backend == "vllm":
+            return VllmSync(self.inputs, self.student, self.engines, self.repairs, self.turns)
+        ahead = self.recipe.distillation.max_off_policy_steps > 0
+        return StoreSync(self.student, self.engines, self.repairs, ahead=ahead)
 
-    def _engine_pool(self, options: Options) -> RayPool[Any]:
-        recipe, inputs = self.recipe, self.inputs
-        if self.by_vllm:
-            eos = inputs.tokenizer.eos_token_id
-            # Weights come while it samples.
-            options = replace(options, at_once=engine_actors.CALLS_AT_ONCE)
-            return self._pool("generation", options, engine_actors.build_engine, recipe, eos, inputs.student_vocab)
-        return self._pool("generation", options, work.generator, recipe, inputs.tokenizer, inputs.student_vocab)
-
-    # --- turns ----------------------------------------------------------------------------------------------------
-
-    def _shares_devices(self) -> bool:
-        """Whether roles take turns; who samples ahead of training cannot."""
-        loop = self.recipe.distillation
-        shared = self.recipe.policy.generation.colocated.enabled and not loop.resource_isolation.enabled
-        return shared and loop.max_off_policy_steps == 0
-
-    def _turn_calls(self) -> dict[str, Any]:
-        """(give, take) of each role. A worker that is found dead has a successor then, which holds its memory."""
-
-        def calls(pool: RayPool[Any], give: Any, take: Any, lost: Any) -> Any:
-            def call(method: Any) -> None:
-                try:
-                    pool.run(method)
-                except WorkerDied as error:
-                    lost(error)
-
-            return lambda: call(give), lambda: call(take)
-
-        def raised(error: WorkerDied) -> None:
-            raise error  # the runner's to mend
-
-        engine = (engine_actors.sleep, engine_actors.wake) if self.by_vllm else (give_memory, take_memory)
-        found = {
-            "training": calls(self.student, give_memory, take_memory, raised),
-            "generation": calls(self.engines, *engine, self.engine_lost),
-        }
-        if not self.teacher_shares and self.recipe.teacher.backend == "fastkd":
-            found["teacher"] = calls(self.teacher, give_memory, take_memory, self.teacher_lost)
-        return found
-
-    def _take_turn(self, role: str) -> None:
-        if self.turns is not None and role in self.turns.calls:
-            self.turns.take(role)
-
-    def _training(self) -> RayPool[Any]:
+    def _training(self) -> RayPool[work.Learner]:
         """The training group, which works next."""
-        self._take_turn("training")
+        self.turns.take("training")
         return self.student
 
     def close(self, *, at_once: bool = False) -> None:
         """End all workers."""
-        self.closed = True
-        for pool in self.pools.values():
-            pool.close(at_once=at_once)
+        self.repairs.closed = True
+        self.pools.close(at_once=at_once)
 
     # --- sampling and scoring -----------------------------------------------------------------------------------
 
     def collect(self, prompts: Sequence[Prompt], request: Request, phase: Phase) -> Scored:
         """Sample and score at the same time (see ``fastkd.collect``), or in turns on the same devices."""
-        if self.turns is not None:
+        if self.turns.shared:
             with phase("sampling", "generation"):
                 rollouts = self.sample(prompts, request)
             readings = self.inputs.readings(rollouts)
@@ -208,14 +138,14 @@ class RayRoles:
 
     def sample(self, prompts: Sequence[Prompt], request: Request, batch_size: int | None = None) -> list[Rollout]:
         """``Generation.sample`` over all engines."""
-        self._take_turn("generation")
+        self.turns.take("generation")
         size = self._batch(request, len(prompts), batch_size)
         engines = _Engines(self, request)
         return Collection(prompts, request.generations, size, engines, None, list, bars.advance).sample()
 
     def sample_teacher(self, prompts: Sequence[Prompt], request: Request, batch_size: int) -> list[Rollout]:
         """The teacher's own answers, by a copy that the engines load for it."""
-        self._take_turn("generation")
+        self.turns.take("generation")
         recipe, inputs = self.recipe, self.inputs
         count = len(self.engines)
         shares = [list(range(rank, len(prompts), count)) for rank in range(count)]
@@ -241,7 +171,7 @@ class RayRoles:
 
     def score(self, rollouts: Sequence[Rollout]) -> Refs:
         """``Teacher.score``; the rows stay with the teacher."""
-        self._take_turn("training" if self.teacher_shares else "teacher")
+        self.turns.take("training" if self.teacher_shares else "teacher")
         while True:
             try:
                 return self.submit_score(rollouts).result()
@@ -262,93 +192,30 @@ class RayRoles:
     def calibrate(self, rollouts: Sequence[Rollout]) -> None:
         """``Student.calibrate``."""
         self._training().run(Student.calibrate, rollouts)
-        self.published = None  # folded weights are other weights, though no step was taken
+        self.weights.changed()  # folded weights are other weights
 
     def train(self, batch: Scored) -> Metrics:
         """``Student.train``, once every rank has its share of the rows."""
         self._hold(batch, training=True)
-        self._take_turn("training")
+        self.turns.take("training")
         return self.student.run(work.train_held)
 
     def divergences(self, batch: Scored, *, with_loss: bool) -> Metrics:
         """``Student.divergences``."""
         self._hold(batch, training=False)
-        self._take_turn("training")
+        self.turns.take("training")
         return self.student.run(work.divergences_held, with_loss=with_loss)
 
     def _hold(self, batch: Scored, *, training: bool) -> None:
         student, teacher = batch.readings.student, batch.readings.teacher
-        while not all(self.student.run_all(work.hold, student, batch.rows, training, _LOST)):
+        while not all(self.student.run_all(work.hold, student, batch.rows, training, LOST)):
             logger.warning("teacher: rows were lost with a worker; scoring again")
             batch.rows = self.score(teacher)
 
     def sync(self) -> Metrics:
         """All engines sample with the student's weights from here on."""
         self.version = self._training().run(work.version)
-        return self._push() if self.by_vllm else self._publish()
-
-    def _publish(self) -> Metrics:
-        with self._mending:
-            while True:
-                if self.published is None or self.published[1] != self.version:
-                    self.published = (self.student.keep(work.publish), self.version)
-                if self._give(range(len(self.engines))):
-                    return {"sync/megabytes": self.published[0].nbytes / 1e6}
-                self.published = None
-
-    def _give(self, ranks: Iterable[int]) -> bool:
-        """These engines take the newest weights; False when those are lost, without the training group being so.
-
-        Engines that sample ahead are not waited for: they take them after the batch they are at, before the next one.
-        What became of it is heard at the next sync.
-        """
-        assert self.published is not None
-        calls = [self.engines.submit_to(rank, work.receive, *self.published, _LOST) for rank in ranks]
-        if self.recipe.distillation.max_off_policy_steps:
-            calls, self.giving = self.giving, calls
-        whole = True
-        for call in calls:
-            try:
-                whole &= call.result()
-            except WorkerDied as error:
-                self.engine_lost(error)
-        if not whole:
-            self.student.run(work.alive)
-        return whole
-
-    def _push(self) -> Metrics:
-        """Through vLLM's weight transfer, and probed. A lost engine breaks the connection of all."""
-        with self._mending:
-            while True:
-                failure = "" if self.connected else self._connect()
-                if not failure:
-                    found, failure = self.student.run(engine_actors.push)
-                    if not failure:
-                        if self.turns is not None:
-                            self.turns.holds("generation")  # new weights wake an engine
-                        return found
-                self.connected = False
-                dead = [error for error in map(self._death_of, range(len(self.engines))) if error is not None]
-                if not dead:
-                    raise WorkerFailed("generation", 0, self.engines.slots.nodes[0].name, failure)
-                for error in dead:
-                    self._replace_engine(error)
-
-    def _connect(self) -> str:
-        inputs = self.inputs
-        text = inputs.train.render([0], inputs.train.problems.rows[:1])[0].tokens
-        vocab = inputs.student_vocab or len(inputs.tokenizer)
-        workers = [devices_per_worker(self.recipe, "generation")] * len(self.engines)
-        failure = self.student.run(engine_actors.connect, self.recipe, self.engines.handles, workers, text, vocab)
-        self.connected = not failure
-        return failure
-
-    def _death_of(self, rank: int) -> WorkerDied | None:
-        try:
-            self.engines.submit_to(rank, work.alive).result()
-        except WorkerDied as error:
-            return error
-        return None
+        return self.weights.sync(self.version)
 
     def export(self, path: Path) -> None:
         """``Student.export``."""
@@ -356,18 +223,11 @@ class RayRoles:
 
     def memory(self) -> Metrics:
         """The most that one worker of a role uses."""
-        found = {f"memory/{role}_gib": max(pool.gib.values()) for role, pool in self.pools.items() if pool.gib}
-        for pool in self.pools.values():
-            pool.gib.clear()
-        return found
+        return self.pools.memory()
 
     def take_work(self) -> list[Work]:
         """All calls done since the last time."""
-        found: list[Work] = []
-        for pool in self.pools.values():
-            done, pool.work[:] = list(pool.work), []
-            found += done
-        return found
+        return self.pools.take_work()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -380,57 +240,24 @@ class RayRoles:
         """A training group that lost a rank is built anew; anything else is raised."""
         if not isinstance(error, WorkerDied) or error.role != "training":
             raise error
-        with self._mending:
-            self.published, self.connected = None, False  # both were the group's
-            if not self.student.replaced(error):
-                self._restart(self.student, error)
+        with self.repairs.mending:
+            self.weights.group_lost()
+            self.repairs.replace(self.student, error)
 
     def engine_lost(self, error: WorkerDied) -> None:
         """Replace an engine, and those that went with its node; they get the newest weights."""
-        with self._mending:
-            ranks = self._replace_engine(error)
-            if ranks and self.by_vllm:
-                self._push()
-            elif ranks and self.published is not None and not self._give(ranks):
-                self._publish()
-
-    def _replace_engine(self, error: WorkerDied) -> list[int]:
-        """The ranks that were built anew; none when that was done for another call."""
-        if self.engines.replaced(error):
-            return []
-        self.connected = False
-        return self._restart(self.engines, error, error.rank)
+        self.weights.engine_lost(error)
 
     def teacher_lost(self, error: WorkerDied) -> None:
         """Replace the teacher group, unless that was done for another call."""
         if self.teacher_shares:
             raise error
-        with self._mending:
-            if not self.teacher.replaced(error):
-                self._restart(self.teacher, error)
+        self.repairs.replace(self.teacher, error)
 
-    def _restart(self, pool: RayPool[Any], error: WorkerDied, rank: int | None = None) -> list[int]:
-        self._count(pool.role, error)
-        if self.turns is not None:
-            self.turns.holds(pool.role)
-        try:
-            return pool.restart(rank, timeout=NODE_SECONDS)
-        except UserError as none:
-            if none.key != "cluster.num_nodes":
-                raise
-            # No mistake of the user's: nothing that the recipe says has changed.
-            what = f"the node is gone, and {none.rule}. {none.remedy}"
-            raise NodeLost(error.role, error.rank, error.node, what) from None
-
-    def _count(self, role: str, error: WorkerDied) -> None:
-        if self.closed:  # whoever collects ahead sees its workers end with the run
-            raise error
-        self.restarts[role] += 1
-        most = self.recipe.cluster.max_restarts
-        if self.restarts[role] > most:
-            error.add_note(f"(the {role} role was restarted {most} times before: cluster.max_restarts={most})")
-            raise error
-        logger.warning(f"{error}; restart {self.restarts[role]} of at most {most}")
+    @property
+    def restarts(self) -> Counter[str]:
+        """By role, so far."""
+        return self.repairs.restarts
 
 
 class _Engines:

@@ -18,6 +18,7 @@ from fastkd.driver import Inputs, RunFolder, prepare
 from fastkd.errors import CheckpointError, NonFiniteLoss, WorkerError
 from fastkd.log import bars, console, logger
 from fastkd.metrics import Metrics, Recorder
+from fastkd.monitors import Monitor, NoMonitor, monitored
 from fastkd.plot import plot
 from fastkd.pools import local_device
 from fastkd.profiling import Spans
@@ -54,6 +55,7 @@ class Runner:
         steps = -(-self.config.batch_size // recipe.policy.train_global_batch_size)
         self.stale_limit = steps * self.config.max_off_policy_steps
         """In optimizer steps."""
+        self.gpus: Monitor = NoMonitor()
         self.batches = Ahead(self._collect, self.config.max_off_policy_steps, self.last_step)
 
     # --- one step -----------------------------------------------------------------------------------------------
@@ -116,7 +118,8 @@ class Runner:
 
     def run(self) -> None:
         """All steps that are left, then the summary. A lost training group goes on from the newest checkpoint."""
-        with self.stop, closing(self.timeline):
+        watched = monitored(self.recipe.logger.monitor_gpus, over_ray=needs_cluster(self.recipe))
+        with self.stop, closing(self.timeline), watched as self.gpus:
             while True:
                 try:
                     done = self._run()
@@ -155,7 +158,7 @@ class Runner:
                         record(self._validate(first=True) | self.roles.memory())
                     while self.step_number < self.last_step:
                         found = self._guarded_step()
-                        found |= self.roles.memory() | self._busy()
+                        found |= self.roles.memory() | self._busy() | self.gpus.take()
                         found["timing/tokens_per_second"] = found["rollout/tokens"] / self.spans.seconds("step")
                         self._say(found)
                         if self._validation_due():

@@ -63,6 +63,24 @@ def tiny_qwen3():
 
 
 @pytest.fixture
+def turns_taken(monkeypatch):
+    """Roles in the order in which they took the memory of shared devices; a role that goes on is there once."""
+    from fastkd.turns import Turns
+
+    taken: list[str] = []
+    take = Turns.take
+
+    def watch(self, role):
+        if taken[-1:] != [role]:
+            taken.append(role)
+        take(self, role)
+        assert self.holding == {role}
+
+    monkeypatch.setattr(Turns, "take", watch)
+    return taken
+
+
+@pytest.fixture
 def rollouts():
     """Random rollouts over a vocabulary of 101: rollouts(8, seed=0)."""
     import random

@@ -14,12 +14,12 @@ FLOORS = [
     "errors files log profiling sampling attention collectives grad_norm plot running_mean prefix_template"
     " ahead stop timeline turns environment module_names experts expert_names memory_test_meter"
     " _kernels.nvfp4 _kernels.reference _kernels.rows _kernels.row_topk _kernels.tuning",
-    "config batch health process_group tensor_styles block_compile safetensors_files state_files train_state"
-    " expert_parallel model_files"
+    "config batch health gpu_monitor process_group tensor_styles block_compile safetensors_files state_files"
+    " train_state expert_parallel model_files"
     " _kernels.gemm _kernels.row_stats _kernels.sparse_kl _kernels.values _kernels.vocab_parallel"
     " _kernels.triton_lanes _kernels.triton_nvfp4 _kernels.triton_sum",
-    "recipe metrics packing optim data checkpoint grading answers pools lora_choice context_parallel tensor_plan trace"
-    " placement quantization_choice blends shared_weights by_source"
+    "recipe metrics monitors packing optim data checkpoint grading answers pools lora_choice context_parallel"
+    " tensor_plan trace placement quantization_choice blends shared_weights by_source"
     " _kernels.nvfp4_ops _kernels.problem _kernels.strided_topk"
     " _kernels.triton_math _kernels.triton_stats _kernels.triton_topk",
     "lora parallel plan context_distillation simulated_cluster quantization conf catalogue"
@@ -35,7 +35,8 @@ FLOORS = [
     "teacher student refs vllm_generation sync_probe",
     "roles actors verified_sync evaluate memory_test_roles",
     "validate ray_pools cluster_workers engine_actors vllm_roles memory_test",
-    "collect",
+    "collect ray_turns ray_repairs ray_role_pools",
+    "ray_sync",
     "ray_roles",
     "offpolicy_roles",
     "runner",

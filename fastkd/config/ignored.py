@@ -106,7 +106,7 @@ IGNORED: dict[str, str] = {
     "checkpointing.model_repo_id": "an export carries the student's own config.json",
     "checkpointing.is_peft": "adapters are set by policy.dtensor_cfg.lora_cfg",
     "checkpointing.peft_config": "adapters are set by policy.dtensor_cfg.lora_cfg",
-    "logger.gpu_monitoring": "memory of every role is recorded with every step",
+    "logger.gpu_monitoring": "memory of every role is recorded with every step; GPUs, with logger.monitor_gpus, too",
     "logger.wandb.log_nemo_gym_full_result_tables": "there are no NeMo-Gym environments",
     "cluster.master_port_range_low": "free ports are chosen by the system",
     "cluster.master_port_range_high": "free ports are chosen by the system",

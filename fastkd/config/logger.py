@@ -69,7 +69,8 @@ class Logger(Section):
     log_params_norm: bool = False
     """Also record the norm of the student's weights with every step."""
     monitor_gpus: bool = False
-    """Also record utilisation of every GPU (memory of every role is always recorded)."""
+    """Also record utilisation, memory, power and temperature of every GPU with every step (`pip install
+    fastkd[monitor]`; memory of every role is always recorded)."""
     wandb: WandbConfig = section(WandbConfig)
     """Weights & Biases."""
     swanlab: SwanLabConfig = section(SwanLabConfig)

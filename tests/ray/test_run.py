@@ -8,12 +8,12 @@ from collections import Counter
 
 import pytest
 
-from fastkd import ray_roles, runner
+from fastkd import ray_repairs, runner
 from fastkd.actors import NodeLost, WorkerDied
 from fastkd.placement import SLOT
 from fastkd.ray_roles import RayRoles
+from fastkd.ray_turns import PoolTurns
 from fastkd.recipe import load_recipe
-from fastkd.turns import Turns
 
 SHORT = [
     "distillation.num_prompts_per_step=8",
@@ -83,16 +83,8 @@ def test_three_nodes_give_what_one_process_gives(cluster, run, alone, watched, t
     assert (tmp_path / "summary.json").exists() and (tmp_path / "export" / "model.safetensors").exists()
 
 
-def test_data_parallel_and_roles_that_share_nodes(cluster, run, alone, tmp_path, monkeypatch):
+def test_data_parallel_and_roles_that_share_nodes(cluster, run, alone, turns_taken, tmp_path):
     """Roles that share devices take turns with their memory; on a CPU the calls are made and nothing moves."""
-    taken, take = [], Turns.take
-
-    def watch(self, role):
-        taken.append(role)
-        take(self, role)
-        assert self.holding == {role}
-
-    monkeypatch.setattr(Turns, "take", watch)
     found = run(
         "arithmetic_ray_cpu.yaml",
         tmp_path,
@@ -103,9 +95,19 @@ def test_data_parallel_and_roles_that_share_nodes(cluster, run, alone, tmp_path,
         "cluster.num_nodes=1",
     )
     assert_same(found, alone)
-    turns = [role for role, before in zip(taken, ["", *taken], strict=False) if role != before]
     # The first sync, then two validations and three steps; syncs, checkpoints and the export are training's.
-    assert turns == ["training", *["generation", "teacher", "training"] * 5]
+    assert turns_taken == ["training", *["generation", "teacher", "training"] * 5]
+
+
+def test_a_teacher_in_vllm_takes_no_turns(root):
+    """It keeps its memory; told of new workers after a loss, nobody asks them to give theirs."""
+    shared = ["distillation.resource_isolation.enabled=false", "policy.generation.colocated.enabled=true"]
+    loaded = load_recipe(root / "recipes" / "arithmetic_ray_cpu.yaml", [*shared, "teacher.backend=vllm"])
+    turns = PoolTurns(loaded.recipe)
+    assert turns.shared
+    turns.holds("teacher")
+    turns.take("training")
+    assert turns.holding == set()
 
 
 def kill(roles, role, rank):
@@ -224,7 +226,7 @@ def test_lost_nodes_are_replaced(cluster, run, watched, join, tmp_path, monkeypa
 
 
 def test_without_another_node_the_run_ends_and_resumes(cluster, run, alone, join, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_roles, "NODE_SECONDS", 1.0)
+    monkeypatch.setattr(ray_repairs, "NODE_SECONDS", 1.0)
     with monkeypatch.context() as patch:
         done = disturb(patch, {3: ("collect", "teacher")}, {"other-1": join("other-1")})
         with pytest.raises(NodeLost) as caught:

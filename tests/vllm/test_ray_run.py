@@ -64,20 +64,10 @@ def test_four_steps(engines, root, tmp_path, monkeypatch):
         torch.testing.assert_close(gaps, gaps[:, :1].expand_as(gaps), atol=1e-3, rtol=0)  # a constant of the row
 
 
-def test_roles_that_share_devices(engines, root, tmp_path, monkeypatch):
+def test_roles_that_share_devices(engines, root, turns_taken, tmp_path, monkeypatch):
     """Engines sleep while others work; they wake for new weights, and without any where validation samples twice."""
     pytest.importorskip("ray")
-    from fastkd.turns import Turns
-
     engines.close()
-    taken, take = [], Turns.take
-
-    def watch(self, role):
-        taken.append(role)
-        take(self, role)
-        assert self.holding == {role}
-
-    monkeypatch.setattr(Turns, "take", watch)
     monkeypatch.setenv("PYTHONPATH", str(root))
     shared = [
         "teacher.backend=fastkd",
@@ -95,8 +85,7 @@ def test_roles_that_share_devices(engines, root, tmp_path, monkeypatch):
     lines = metrics.read(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(line["sync/probe_error"] < 1e-4 for line in lines[1:])
-    turns = [role for role, before in zip(taken, ["", *taken], strict=False) if role != before]
-    assert turns == ["training", *["generation", "teacher", "training"] * 3]
+    assert turns_taken == ["training", *["generation", "teacher", "training"] * 3]
 
 
 @pytest.mark.parametrize(
