@@ -15,6 +15,7 @@ import ray  # pyright: ignore[reportMissingImports]
 
 from fastkd.actors import WorkerDied
 from fastkd.batch import Prompt, Rollout
+from fastkd.queue_lengths import QueueLengths
 from fastkd.refs import Refs
 
 
@@ -63,6 +64,7 @@ class Collection:
         scorer: who scores; None: nobody does.
         read: turns rollouts into what the teacher reads of them, one for one.
         arrived: told how many rollouts have come back, now.
+        waiting: told how many prompts wait for an engine, and rollouts for the teacher.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Collection:
         scorer: Scorer | None,
         read: Callable[[Sequence[Rollout]], Sequence[Rollout]],
         arrived: Callable[[int], None] = lambda count: None,
+        waiting: QueueLengths | None = None,
     ):
         self.prompts, self.generations, self.engines, self.scorer = prompts, generations, engines, scorer
         self.read, self.arrived = read, arrived
@@ -84,6 +87,7 @@ class Collection:
         self.sampling: dict[int, tuple[Any, list[int]]] = {}
         """Engine → its call and the places of its prompts."""
         self.scoring: tuple[Any, list[int]] | None = None
+        self.waiting, self._told = waiting or QueueLengths(), (0, 0)
 
     def sample(self) -> list[Rollout]:
         """Until all is sampled: the rollouts, prompt by prompt. The teacher may still be busy."""
@@ -96,11 +100,22 @@ class Collection:
         return Refs(self.rows)
 
     def _run(self, unfinished: Callable[[], bool]) -> None:
-        while unfinished():
-            self._begin()
-            _wait_for_any([call for call, _ in (*self.sampling.values(), *filter(None, [self.scoring]))])
-            self._take_samples()
-            self._take_rows()
+        try:
+            while unfinished():
+                self._begin()
+                self._tell(sum(map(len, self.to_sample)), len(self.to_score))
+                _wait_for_any([call for call, _ in (*self.sampling.values(), *filter(None, [self.scoring]))])
+                self._take_samples()
+                self._take_rows()
+        except BaseException:
+            self._tell(0, 0)  # nobody goes on with it
+            raise
+        self._tell(sum(map(len, self.to_sample)), len(self.to_score))
+
+    def _tell(self, prompts: int, rollouts: int) -> None:
+        for role, now, before in zip(("generation", "teacher"), (prompts, rollouts), self._told, strict=True):
+            self.waiting.change(role, now - before)
+        self._told = prompts, rollouts
 
     def _begin(self) -> None:
         """Give work to whoever is idle."""

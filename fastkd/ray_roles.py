@@ -26,6 +26,7 @@ from fastkd.driver import Inputs
 from fastkd.log import bars, logger
 from fastkd.metrics import Metrics
 from fastkd.placement import Placement
+from fastkd.queue_lengths import QueueLengths
 from fastkd.ray_cluster import connected
 from fastkd.ray_pools import Pending, RayPool
 from fastkd.ray_repairs import Repairs
@@ -51,6 +52,7 @@ class RayRoles:
         self.teacher_shares = shares_student(recipe)
         self.version = 0
         """Optimizer steps that the student had taken at the last sync."""
+        self.waiting = QueueLengths()
         self.turns = PoolTurns(recipe)
         self.repairs = Repairs(recipe.cluster.max_restarts, self.turns)
         self.workers = Workers(
@@ -129,6 +131,7 @@ class RayRoles:
             _Teacher(self),
             lambda rollouts: self.inputs.readings(rollouts).teacher,
             bars.advance,
+            self.waiting,
         )
         with phase("sampling", "generation"):
             rollouts = collection.sample()
@@ -224,6 +227,10 @@ class RayRoles:
     def memory(self) -> Metrics:
         """The most that one worker of a role uses."""
         return self.pools.memory()
+
+    def queues(self) -> Metrics:
+        """Prompts that wait for an engine, and rollouts for the teacher."""
+        return self.waiting.take()
 
     def take_work(self) -> list[Work]:
         """All calls done since the last time."""

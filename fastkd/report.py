@@ -88,14 +88,21 @@ _ROLES = (("generation", "generation"), ("teacher", "teacher"), ("training", "tr
 
 
 def role_table(found: Mapping[str, float]) -> Table:
-    """The last step by role: busy share of the step, tokens per second of that time, memory."""
+    """The last step by role: busy share of the step, tokens per second of that time, memory, and what waited for it."""
     table = Table(box=None, pad_edge=False)
-    for column in ("role", "busy %", "tok/s", "GiB"):
+    for column in ("role", "busy %", "tok/s", "GiB", "waiting"):
         table.add_column(column, justify="left" if column == "role" else "right")
     step = max(found.get("timing/step", 0.0), 1e-9)
     for role, span in _ROLES:
         share = found.get(f"timing/busy_{role}", found.get(f"timing/{span}", 0.0) / step)
         memory = found.get(f"memory/{role}_gib", found.get("memory/all_gib"))
         speed = found.get("rollout/tokens", 0.0) / max(share * step, 1e-9)
-        table.add_row(role, f"{100 * share:.0f}", f"{speed:,.0f}", "-" if memory is None else f"{memory:.1f}")
+        waiting = found.get(f"timing/queue_{role}")  # prompts, or rollouts
+        table.add_row(
+            role,
+            f"{100 * share:.0f}",
+            f"{speed:,.0f}",
+            "-" if memory is None else f"{memory:.1f}",
+            "-" if waiting is None else f"{waiting:.1f}",
+        )
     return table

@@ -120,6 +120,10 @@ class Roles(Protocol):
         """Memory in use by role, in GiB: ``memory/<role>_gib``."""
         ...
 
+    def queues(self) -> Metrics:
+        """What waited for each role since the last time, on average: ``timing/queue_<role>``, where any can."""
+        ...
+
     @property
     def sizes(self) -> dict[str, int]:
         """Workers by role, of those whose work ``take_work`` tells."""
@@ -214,6 +218,9 @@ class LocalRoles:
     def memory(self) -> Metrics:
         # On a GPU it is the peak since it was last asked.
         return {"memory/all_gib": memory_gib(self.device)}
+
+    def queues(self) -> Metrics:
+        return {}
 
     @property
     def sizes(self) -> dict[str, int]:

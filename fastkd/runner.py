@@ -158,7 +158,7 @@ class Runner:
                         record(self._validate(first=True) | self.roles.memory())
                     while self.step_number < self.last_step:
                         found = self._guarded_step()
-                        found |= self.roles.memory() | self._busy() | self.gpus.take()
+                        found |= self.roles.memory() | self._busy() | self.roles.queues() | self.gpus.take()
                         found["timing/tokens_per_second"] = found["rollout/tokens"] / self.spans.seconds("step")
                         self._say(found)
                         if self._validation_due():
@@ -229,6 +229,7 @@ class Runner:
         with self.spans.measure("validation"), self.stop.at_once():
             found = self.validator.run(self.step_number, first=first)
         self._trace()
+        self.roles.queues()  # what waited here is no step's
         return found
 
     def _validation_due(self) -> bool:

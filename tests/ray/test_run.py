@@ -81,6 +81,9 @@ def test_three_nodes_give_what_one_process_gives(cluster, run, alone, watched, t
         nodes = Counter(node for pool in roles.pools.values() for node in {one.id for one in pool.slots.nodes})
         assert len(nodes) == 3 and set(nodes.values()) == {1}, "two roles share a node"
     assert (tmp_path / "summary.json").exists() and (tmp_path / "export" / "model.safetensors").exists()
+    steps = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()][1:]
+    for line in steps:  # two engines, four batches of two prompts
+        assert 0 < line["timing/queue_generation"] < 8 and 0 <= line["timing/queue_teacher"] < 8
 
 
 def test_data_parallel_and_roles_that_share_nodes(cluster, run, alone, turns_taken, tmp_path):
