@@ -20,9 +20,13 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = global_norm(gradients)
     if max_norm is not None and gradients:
-        local = [one.to_local() if isinstance(one, DTensor) else one for one in gradients]
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(local, scale)  # pyright: ignore[reportPrivateImportUsage]
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for one in gradients:
+            local = one.to_local() if isinstance(one, DTensor) else one
+            by_device.setdefault(local.device, []).append(local)
+        for device, parts in by_device.items():  # offloaded gradients are on the host, the norm is not
+            torch._foreach_mul_(parts, scale.to(device))  # pyright: ignore[reportPrivateImportUsage]
     return norm
 
 

@@ -25,6 +25,7 @@ from fastkd.student import Student
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parallel_worker import CLIP, EXACT, VALID, data, error
+from worker_inputs import DEVICE, join
 
 KINDS = ("tied", "untied")
 ALONE = (1, 1, 1)
@@ -59,8 +60,8 @@ def student(folder: Path, kind: str, layout: tuple[int, int, int]) -> Student:
             "data": {"train": {"data_path": "unused.jsonl"}},
         }
     ).recipe
-    mesh = None if layout == ALONE else parallel.build_mesh(tp, cp, dp, "cpu")
-    return Student(recipe, torch.device("cpu"), VALID, mesh)
+    mesh = None if layout == ALONE else parallel.build_mesh(tp, cp, dp, DEVICE.type)
+    return Student(recipe, DEVICE, VALID, mesh)
 
 
 def train(one: Student, steps: int) -> None:
@@ -74,7 +75,7 @@ def weights(one: Student) -> dict[str, torch.Tensor]:
     found = dict(one.causal_lm.named_parameters())
     moments = {f"{n}.{m}": one.optimizer.state[p][m] for n, p in found.items() for m in ("exp_avg", "exp_avg_sq")}
     return {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone()
         for name, t in {**found, **moments}.items()
     }
 
@@ -235,7 +236,7 @@ def check_failures(folder: Path, layout: tuple[int, int, int]) -> None:
 
 
 def main(folder: Path, rendezvous: str, world: int, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    join(rendezvous, world, rank)
     torch.set_num_threads(1)
     for kind in KINDS:
         unbroken: dict[tuple[int, int, int], list[torch.Tensor]] = {}

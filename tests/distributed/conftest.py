@@ -7,10 +7,11 @@ than most of these programs. It does nothing else, so it has no threads that a f
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -28,20 +29,24 @@ def launch(tmp_path_factory) -> Callable[..., str]:
     sys.path[:0] = [path for path in (str(HERE), str(HERE.parents[1])) if path not in sys.path]  # ranks inherit it
     import rank as rank_program
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    on_gpus = os.environ.get("FASTKD_TEST_DEVICE") == "cuda"  # worker_inputs.DEVICE
+    context = multiprocessing.get_context("spawn" if on_gpus else "forkserver")
+    if not on_gpus:
+        context.set_forkserver_preload(IMPORTED)
 
     def start(program: Path | str, ranks: int, *arguments: object, timeout: float = 900) -> str:
         folder = tmp_path_factory.mktemp("logs")
         logs = [folder / f"rank_{rank}.log" for rank in range(ranks)]
         given = [*map(str, arguments), str(ranks)]
-        workers: list[ForkServerProcess] = []
+        workers: list[BaseProcess] = []
         end = time.monotonic() + timeout
         try:
             for rank, log in enumerate(logs):
                 log.touch()
                 worker = context.Process(target=rank_program.run, args=(str(program), [*given, str(rank)], str(log)))
-                worker.start()
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setenv("LOCAL_RANK", str(rank))  # a forked rank does not see it
+                    worker.start()
                 workers.append(worker)
             while any(worker.is_alive() for worker in workers):
                 if time.monotonic() > end:

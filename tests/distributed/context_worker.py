@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worker_inputs import DEVICE
 
 from fastkd import parallel
 from fastkd.batch import Prompt, Rollout
@@ -23,7 +24,6 @@ from fastkd.shared_weights import shares_student
 from fastkd.student import Student
 from fastkd.teacher import Teacher
 
-CPU = torch.device("cpu")
 LONGEST = 70
 CASES = {
     2: [{}, {"tensor_parallel_size": 2, "sequence_parallel": True}, {"context_parallel_size": 2}],
@@ -82,7 +82,7 @@ def rollouts(tokenizer, seed: int) -> list[Rollout]:
 def together(scored):
     """Every rank's teacher rows on every rank."""
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, scored)
+    dist.all_gather_object(everyone, [None if rows is None else rows.map(torch.Tensor.cpu) for rows in scored])
     return [next((own[i] for own in everyone if own[i] is not None), None) for i in range(len(scored))]
 
 
@@ -92,7 +92,7 @@ def check_scores(folder: Path, sharding: dict, packed: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     config = recipe(folder, sharding, "base_model", packed, adapters=False)
-    teacher = Teacher(config, CPU, None, mesh_of(sharding))
+    teacher = Teacher(config, DEVICE, None, mesh_of(sharding))
     for seed in range(3):
         batch = rollouts(tokenizer, seed)
         found = TeacherPrompts(config.distillation.context_distillation, tokenizer, None, LONGEST)(batch)
@@ -114,10 +114,11 @@ def train(folder: Path, sharding: dict, source: str, adapters: bool, mesh):
     """Metrics of three steps and the weights after them."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = recipe(folder, sharding, source, True, adapters)
-    student = Student(config, CPU, None, mesh)
+    device = torch.device("cpu") if mesh is None else DEVICE
+    student = Student(config, device, None, mesh)
     shared = student if shares_student(config) else None
     assert (shared is not None) == (adapters or source != "base_model")
-    teacher = Teacher(config, CPU, None, mesh, shared)
+    teacher = Teacher(config, device, None, mesh, shared)
     build = TeacherPrompts(config.distillation.context_distillation, tokenizer, None, LONGEST)
     found = []
     for seed in range(3):
@@ -130,12 +131,14 @@ def train(folder: Path, sharding: dict, source: str, adapters: bool, mesh):
     readings = build(nothing)  # all dropped: every rank must skip the step alike
     assert set(student.train(readings.student, teacher.score(readings.teacher))) == {"train/lr"}
     weights = {name: p for name, p in student.causal_lm.named_parameters() if p.requires_grad}
-    return found, {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in weights.items()}
+    return found, {
+        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu().clone() for n, p in weights.items()
+    }
 
 
 def mesh_of(sharding: dict):
     tp, cp = sharding.get("tensor_parallel_size", 1), sharding.get("context_parallel_size", 1)
-    return parallel.build_mesh(tp, cp, None, "cpu")
+    return parallel.build_mesh(tp, cp, None, DEVICE.type)
 
 
 def check_training(folder: Path, sharding: dict, source: str, adapters: bool) -> float:
@@ -155,7 +158,7 @@ def check_training(folder: Path, sharding: dict, source: str, adapters: bool) ->
 
 
 def main(folder: Path) -> None:
-    with joined("cpu"):
+    with joined(DEVICE.type):
         torch.set_num_threads(1)
         for sharding in CASES[dist.get_world_size()]:
             check_scores(folder, sharding, packed=True)

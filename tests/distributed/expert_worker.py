@@ -19,7 +19,7 @@ import transformers
 from parallel_worker import CLIP, EXACT, VALID, K, V, data, error, results, whole
 from safetensors.torch import load_file
 from torch.distributed.tensor import Shard
-from worker_inputs import recipe
+from worker_inputs import DEVICE, join, recipe
 
 from fastkd import attention, experts, grad_norm, parallel, quantization
 from fastkd.batch import pack
@@ -73,7 +73,7 @@ def check(tp: int, dp: int, cp: int, ep: int, changes: dict[str, Any], **options
     rollouts, rows, total = data()
     loss, norm, gradients, weights = alone(changes)
     assert norm > CLIP, "the clip must do something"
-    mesh = parallel.build_mesh(tp, cp, dp, "cpu")
+    mesh = parallel.build_mesh(tp, cp, dp, DEVICE.type)
     root = PackedModel(build(**changes))
     parallel.shard(root, root.causal_lm, mesh, expert_parallel=ep, **options)
     for name, module in experts.experts_of(root.causal_lm):
@@ -81,7 +81,7 @@ def check(tp: int, dp: int, cp: int, ep: int, changes: dict[str, Any], **options
             held, every = module.get_parameter(own).to_local().numel(), module.get_parameter(own).numel()
             assert held == every // mesh.size(), f"{name}.{own}: {held} of {every}"
     mine = slice(mesh["dp"].get_local_rank(), None, dp)
-    got = results(root, rollouts[mine], rows[mine], 2, total, grad_norm.clip_grad_norm)
+    got = results(root, rollouts[mine], rows[mine], 2, total, grad_norm.clip_grad_norm, DEVICE)
     got_loss = parallel.sum_over_data(torch.tensor(got[0]), mesh)
     errors = {"loss": abs(got_loss.item() - loss) / abs(loss), "norm": error(got[1], norm)}
     assert got[2].keys() == gradients.keys() and got[3].keys() == weights.keys()
@@ -100,9 +100,9 @@ def check_teacher(tp: int, dp: int, cp: int, ep: int) -> None:
     with torch.no_grad():
         wanted = PackedModel(build().eval())(batch, FusedTopK(K))
         root = PackedModel(build().eval().requires_grad_(False))
-        parallel.shard(root, root.causal_lm, parallel.build_mesh(tp, cp, dp, "cpu"), expert_parallel=ep)
+        parallel.shard(root, root.causal_lm, parallel.build_mesh(tp, cp, dp, DEVICE.type), expert_parallel=ep)
         for _ in range(2):
-            got = root(batch, FusedTopK(K))
+            got = root(batch.to(DEVICE), FusedTopK(K)).map(torch.Tensor.cpu)
             assert torch.equal(got.indices, wanted.indices)
             torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-5, atol=1e-5)
 
@@ -111,7 +111,7 @@ def check_uneven() -> None:
     """More ranks than a set's experts divide over: FSDP cuts rows then."""
     three = {"num_experts": 6, "num_experts_per_tok": 2}
     check(1, 4, 1, 2, three)
-    mesh = parallel.build_mesh(1, 1, 4, "cpu")
+    mesh = parallel.build_mesh(1, 1, 4, DEVICE.type)
     root = PackedModel(build(**three))
     parallel.shard(root, root.causal_lm, mesh, expert_parallel=2)
     _, module = next(experts.experts_of(root.causal_lm))
@@ -129,7 +129,7 @@ def config(folder: Path, preset: str | None, sharding: dict[str, Any]):
 def on(folder: Path, preset: str | None, tp: int, ep: int) -> Student:
     """A student on all ranks."""
     sharding = {"tensor_parallel_size": tp, "expert_parallel_size": ep, "sequence_parallel": True}
-    return Student(config(folder, preset, sharding), CPU, VALID, parallel.build_mesh(tp, 1, None, "cpu"))
+    return Student(config(folder, preset, sharding), DEVICE, VALID, parallel.build_mesh(tp, 1, None, DEVICE.type))
 
 
 def weights(student: Student) -> dict[str, torch.Tensor]:
@@ -137,7 +137,7 @@ def weights(student: Student) -> dict[str, torch.Tensor]:
 
 
 def scales(student: Student) -> dict[str, torch.Tensor]:
-    return {name: b.clone() for name, b in student.causal_lm.named_buffers() if quantization.is_scale(name)}
+    return {name: b.cpu().clone() for name, b in student.causal_lm.named_buffers() if quantization.is_scale(name)}
 
 
 def check_workers(folder: Path, preset: str | None, tp: int, ep: int, other: tuple[int, int]) -> float:
@@ -195,7 +195,7 @@ def export_alone(student: Student, path: Path) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path, world: int, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    join(folder / "rendezvous", world, rank)
     torch.set_num_threads(1)
     for number, (tp, dp, cp, ep) in enumerate(MESHES[world]):
         cases: list[dict[str, Any]] = [{}] if tp == 1 else [{}, SEQUENCE]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parallel_worker import CLIP, EXACT, SEQUENCE, Case, build, data, error, step, whole
+from worker_inputs import DEVICE, join
 
 from fastkd import grad_norm, lora, lora_export, parallel
 from fastkd.batch import pack
@@ -78,16 +79,16 @@ def adapted(wanted: Adapted, dtype: torch.dtype = torch.float32):
     return PackedModel(causal_lm)
 
 
-def results(root, rollouts, rows, size, total, clip):
+def results(root, rollouts, rows, size, total, clip, device="cpu"):
     """Loss, gradient norm, gradients of adapters (before clipping) and all updated weights by name."""
     trained = {name: p for name, p in root.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=0.01, eps=1e-3)
-    loss = step(root, rollouts, rows, size, total)
+    loss = step(root, rollouts, rows, size, total, device)
     gradients = {name: whole(p.grad).clone() for name, p in trained.items()}
     norm = clip(list(trained.values()), CLIP)
     optimizer.step()
     optimizer.zero_grad()
-    return loss, norm, gradients, {name: gathered(p) for name, p in root.named_parameters()}
+    return loss, norm.cpu(), gradients, {name: gathered(p) for name, p in root.named_parameters()}
 
 
 def gathered(parameter):
@@ -102,14 +103,14 @@ def check(wanted: Adapted, tp: int, dp: int, cp: int, folder: Path) -> float:
     loss, norm, gradients, weights = results(alone, rollouts, rows, 8, total, torch.nn.utils.clip_grad_norm_)
     assert norm > CLIP and all(gradient.norm() > 0 for gradient in gradients.values())
 
-    mesh = parallel.build_mesh(tp, cp, dp, "cpu")
+    mesh = parallel.build_mesh(tp, cp, dp, DEVICE.type)
     root = adapted(wanted)
     before = {name: p.detach().clone() for name, p in root.named_parameters()}
     parallel.shard(root, root.causal_lm, mesh, **wanted.case.options)
     mine = slice(mesh["dp"].get_local_rank(), None, dp)
     one_batch = dropout or "compile_blocks" in wanted.case.options
     size = (8 if one_batch else 2) if wanted.case.packed else 1
-    got = results(root, rollouts[mine], rows[mine], size, total, grad_norm.clip_grad_norm)
+    got = results(root, rollouts[mine], rows[mine], size, total, grad_norm.clip_grad_norm, DEVICE)
     got_loss = parallel.sum_over_data(torch.tensor(got[0]), mesh)
 
     errors = {"loss": abs(got_loss.item() - loss) / abs(loss), "norm": error(got[1], norm)}
@@ -131,7 +132,7 @@ def check(wanted: Adapted, tp: int, dp: int, cp: int, folder: Path) -> float:
 
 def check_base(root, wanted: Adapted):
     """Without adapters the trained model gives the rows of the base, sharded likewise."""
-    batch = pack(data()[0])
+    batch = pack(data()[0]).to(DEVICE)
     plain = PackedModel(build(wanted.case).requires_grad_(False))
     options = {name: value for name, value in wanted.case.options.items() if name != "compile_blocks"}
     parallel.shard(plain, plain.causal_lm, root.causal_lm.fastkd_layout.mesh, **options)
@@ -181,11 +182,11 @@ def check_low_base(tp: int, dp: int, cp: int):
         alone = adapted(wanted, dtype)
         step(alone, rollouts, rows, 8, total)
         gradients.append({name: p.grad for name, p in alone.named_parameters() if p.requires_grad})
-    mesh = parallel.build_mesh(tp, cp, dp, "cpu")
+    mesh = parallel.build_mesh(tp, cp, dp, DEVICE.type)
     root = adapted(wanted, torch.bfloat16)
     parallel.shard(root, root.causal_lm, mesh, param_dtype=torch.bfloat16, **wanted.case.options)
     mine = slice(mesh["dp"].get_local_rank(), None, dp)
-    step(root, rollouts[mine], rows[mine], 2, total)
+    step(root, rollouts[mine], rows[mine], 2, total, DEVICE)
     for name, parameter in root.named_parameters():
         assert parameter.requires_grad == (parameter.dtype == torch.float32), name
         if parameter.requires_grad:
@@ -200,8 +201,8 @@ def check_starting_values(tp: int, dp: int, cp: int):
     with torch.device("meta"):
         root = PackedModel(build(Case()))
     lora.apply(root.causal_lm, LoRA(dim=3))
-    parallel.shard(root, root.causal_lm, parallel.build_mesh(tp, cp, dp, "cpu"))
-    root.to_empty(device="cpu")
+    parallel.shard(root, root.causal_lm, parallel.build_mesh(tp, cp, dp, DEVICE.type))
+    root.to_empty(device=DEVICE)
     lora.initialise(root.causal_lm, 5)
     values = dict(wanted.named_parameters())
     for name, parameter in root.causal_lm.named_parameters():
@@ -210,7 +211,7 @@ def check_starting_values(tp: int, dp: int, cp: int):
 
 
 def main(rendezvous: str, world: int, rank: int):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    join(rendezvous, world, rank)
     torch.set_num_threads(1)
     folder = Path(rendezvous).parent
     for tp, dp, cp in MESHES[world]:

@@ -11,17 +11,21 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fastkd import attention, grad_norm, parallel
 from fastkd.batch import Prompt, Rollout, idle, pack
 from fastkd.kernels import TopK, vocab_topk
 from fastkd.losses import Divergence, FusedLoss, FusedTopK, PackedModel
+
+sys.path.insert(0, str(Path(__file__).parent))
+from worker_inputs import DEVICE, join
 
 V, K, VALID = 101, 7, 97
 MESHES = {  # of so many ranks: (tp, dp, cp)
@@ -126,38 +130,38 @@ def data():
     return rollouts, rows, sum(len(rollout.response) for rollout in rollouts)
 
 
-def step(root, rollouts, rows, size, total):
+def step(root, rollouts, rows, size, total, device="cpu"):
     """Forward and backward over micro-batches of ``size`` sequences; the local loss."""
     loss = 0.0
     for start in range(0, len(rollouts), size):
         part = slice(start, start + size)
-        batch = pack(rollouts[part])
-        teacher = TopK(*(torch.cat(parts) for parts in zip(*rows[part], strict=True)))
-        weights = torch.full((len(batch.labels_A),), 1.0 / total)
+        batch = pack(rollouts[part]).to(device)
+        teacher = TopK(*(torch.cat(parts).to(device) for parts in zip(*rows[part], strict=True)))
+        weights = torch.full((len(batch.labels_A),), 1.0 / total, device=device)
         out = root(batch, FusedLoss(Divergence(), teacher, weights, VALID))
         out.loss.backward()
         loss += out.loss.item()
     # What a rank runs when others have one micro-batch more: it must change nothing.
-    teacher = TopK(*(field[:0] for field in rows[0]))
-    nothing = root(idle(), FusedLoss(Divergence(), teacher, torch.zeros(0), VALID))
+    teacher = TopK(*(field[:0].to(device) for field in rows[0]))
+    nothing = root(idle().to(device), FusedLoss(Divergence(), teacher, torch.zeros(0, device=device), VALID))
     nothing.loss.backward()
     return loss + nothing.loss.item()
 
 
 def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
-def results(root, rollouts, rows, size, total, clip):
+def results(root, rollouts, rows, size, total, clip, device="cpu"):
     """Loss, gradient norm, gradients (before clipping) and updated weights by name."""
     parameters = dict(root.named_parameters())
     # A large eps: Adam divides by the gradient's size, and would make rounding errors of tiny gradients large.
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.01, eps=1e-3)
-    loss = step(root, rollouts, rows, size, total)
+    loss = step(root, rollouts, rows, size, total, device)
     gradients = {name: whole(p.grad).clone() for name, p in parameters.items()}
     norm = clip(list(parameters.values()), CLIP)
     optimizer.step()
-    return loss, norm, gradients, {name: whole(p.detach()).clone() for name, p in parameters.items()}
+    return loss, norm.cpu(), gradients, {name: whole(p.detach()).clone() for name, p in parameters.items()}
 
 
 def error(got, wanted):
@@ -183,12 +187,12 @@ def check(case: Case, tp: int, dp: int, cp: int) -> float:
     loss, norm, gradients, weights = alone(case)
     assert norm > CLIP, "the clip must do something"
 
-    mesh = parallel.build_mesh(tp, cp, dp, "cpu")
+    mesh = parallel.build_mesh(tp, cp, dp, DEVICE.type)
     root = PackedModel(build(case))
     parallel.shard(root, root.causal_lm, mesh, **case.options)
     mine = slice(mesh["dp"].get_local_rank(), None, dp)
     size = 2 if case.packed else 1
-    got = results(root, rollouts[mine], rows[mine], size, total, grad_norm.clip_grad_norm)
+    got = results(root, rollouts[mine], rows[mine], size, total, grad_norm.clip_grad_norm, DEVICE)
     got_loss = parallel.sum_over_data(torch.tensor(got[0]), mesh)
 
     errors = {"loss": abs(got_loss.item() - loss) / abs(loss), "norm": error(got[1], norm)}
@@ -220,13 +224,13 @@ def check_teacher(tp: int, dp: int, cp: int, **options):
     head = FusedTopK(K, valid_vocab=VALID)
     alone = PackedModel(build(Case()).requires_grad_(False))(batch, head)
     root = PackedModel(build(Case()).requires_grad_(False))
-    parallel.shard(root, root.causal_lm, parallel.build_mesh(tp, cp, dp, "cpu"), **options)
+    parallel.shard(root, root.causal_lm, parallel.build_mesh(tp, cp, dp, DEVICE.type), **options)
     for _ in range(2):
-        got = root(batch, head)
+        got = root(batch.to(DEVICE), head).map(Tensor.cpu)
         assert torch.equal(got.indices, alone.indices)
         for a, b in zip(got[1:], alone[1:], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        assert all(len(field) == 0 for field in root(idle(), head))
+        assert all(len(field) == 0 for field in root(idle().to(DEVICE), head))
 
 
 def check_shards(tp: int, dp: int, cp: int):
@@ -234,7 +238,7 @@ def check_shards(tp: int, dp: int, cp: int):
     for tied in (False, True):
         with torch.device("meta"):
             root = PackedModel(build(Case(tied=tied), num_key_value_heads=8))
-        parallel.shard(root, root.causal_lm, parallel.build_mesh(tp, cp, dp, "cpu"))
+        parallel.shard(root, root.causal_lm, parallel.build_mesh(tp, cp, dp, DEVICE.type))
         for name, parameter in root.named_parameters():
             assert parameter.is_meta
             share = parameter.numel() / (tp * dp * cp if parameter.ndim > 1 else dp * cp)
@@ -246,26 +250,26 @@ def check_shards(tp: int, dp: int, cp: int):
 
 def check_mixed_meshes(tp: int, dp: int):
     """The norm counts every element once, whichever mesh holds it and however many copies there are."""
-    mesh = parallel.build_mesh(tp, 1, dp, "cpu")["dp", "tp"]
+    mesh = parallel.build_mesh(tp, 1, dp, DEVICE.type)["dp", "tp"]
     torch.manual_seed(0)
     layouts = [
         (mesh["tp"], [Shard(0)]), (mesh["tp"], [Replicate()]), (mesh["dp"], [Shard(1)]), (mesh, [Shard(0), Shard(1)]),
         (mesh, [Replicate(), Shard(0)]), (mesh, [Shard(0), Replicate()]),
     ]  # fmt: skip
-    parameters, squares = [nn.Parameter(torch.zeros(3))], torch.tensor(12.0)
-    parameters[0].grad = torch.full((3,), 2.0)
+    parameters, squares = [nn.Parameter(torch.zeros(3, device=DEVICE))], torch.tensor(12.0)
+    parameters[0].grad = torch.full((3,), 2.0, device=DEVICE)
     for number, (submesh, placements) in enumerate(layouts):
         value = torch.randn(5 + number, 16)
         squares += value.square().sum()
-        sharded = distribute_tensor(value, submesh, placements, src_data_rank=None)
+        sharded = distribute_tensor(value.to(DEVICE), submesh, placements, src_data_rank=None)
         parameters.append(nn.Parameter(torch.zeros_like(sharded)))
         parameters[-1].grad = sharded
     for clip, wanted in ((None, squares.sqrt()), (1.0, squares.sqrt()), (None, torch.tensor(1.0))):
-        torch.testing.assert_close(grad_norm.clip_grad_norm(parameters, clip), wanted, rtol=1e-5, atol=0)
+        torch.testing.assert_close(grad_norm.clip_grad_norm(parameters, clip).cpu(), wanted, rtol=1e-5, atol=0)
 
 
 def main(rendezvous: str, world: int, rank: int):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    join(rendezvous, world, rank)
     torch.set_num_threads(1)
     for tp, dp, cp in MESHES[world]:
         worst = 0.0

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from worker_inputs import recipe, rollouts
+from worker_inputs import DEVICE, join, recipe, rollouts
 
 from fastkd import nvfp4_export, parallel, quantization, weights_export
 from fastkd.errors import UserError
@@ -33,11 +33,11 @@ def config(folder: Path, preset: str, precision: str, sharding: dict):
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
 
 
 def scales(student: Student) -> dict[str, torch.Tensor]:
-    return {name: b.clone() for name, b in student.causal_lm.named_buffers() if quantization.is_scale(name)}
+    return {name: b.cpu().clone() for name, b in student.causal_lm.named_buffers() if quantization.is_scale(name)}
 
 
 def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -49,8 +49,8 @@ def check(folder: Path, scratch: Path, preset: str, precision: str, tp: int, dp:
     sequences = rollouts()
     alone = Student(config(folder, preset, precision, {}), CPU, 97)
     targets = Teacher(config(folder, preset, "float32", {}), CPU, 97).score(sequences)
-    mesh = parallel.build_mesh(tp, 1, dp, "cpu")
-    student = Student(config(folder, preset, precision, {"tensor_parallel_size": tp, **options}), CPU, 97, mesh)
+    mesh = parallel.build_mesh(tp, 1, dp, DEVICE.type)
+    student = Student(config(folder, preset, precision, {"tensor_parallel_size": tp, **options}), DEVICE, 97, mesh)
     tolerance = TOLERANCE[precision]
     for one in (alone, student):
         one.calibrate(sequences)
@@ -111,8 +111,8 @@ def check_state(student: Student, alone: Student, sequences, targets, scratch: P
 
 def check_cut_blocks(folder: Path, tp: int) -> None:
     try:
-        mesh = parallel.build_mesh(tp, 1, None, "cpu")
-        Student(config(folder, "default", "float32", {"tensor_parallel_size": tp}), CPU, 97, mesh)
+        mesh = parallel.build_mesh(tp, 1, None, DEVICE.type)
+        Student(config(folder, "default", "float32", {"tensor_parallel_size": tp}), DEVICE, 97, mesh)
     except UserError as raised:
         words = str(raised)
         assert "tensor_parallel_size=2" in words and "down_proj" in words and "48 inputs" in words, words
@@ -122,7 +122,7 @@ def check_cut_blocks(folder: Path, tp: int) -> None:
 
 
 def main(folder: Path, world: int, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    join(folder / "rendezvous", world, rank)
     torch.set_num_threads(1)
     for tp, dp in MESHES[world]:
         cases = [("default", "float32", {"sequence_parallel": tp > 1})]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from worker_inputs import recipe, rollouts
+from worker_inputs import DEVICE, recipe, rollouts
 
 from fastkd import attention, losses, parallel
 from fastkd._kernels import ops
@@ -29,7 +29,12 @@ SOURCES = ("books", "code", "books")
 """Of a blend, in turns."""
 CASES = {
     1: [{}],
-    2: [{"tensor_parallel_size": 2, "sequence_parallel": True}, {}, {"context_parallel_size": 2}],
+    2: [
+        {"tensor_parallel_size": 2, "sequence_parallel": True},
+        {},
+        {"context_parallel_size": 2},
+        {"cpu_offload": True},
+    ],
     4: [{"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "context_parallel_size": 2}],
 }
 
@@ -43,13 +48,13 @@ def recipe_of(folder: Path, sharding: dict, precision: str, packed: bool, fused:
 def collected(targets):
     """Every rank's teacher rows on every rank."""
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, targets)
+    dist.all_gather_object(everyone, [None if rows is None else rows.map(torch.Tensor.cpu) for rows in targets])
     return [next((own[i] for own in everyone if own[i] is not None), None) for i in range(len(targets))]  # type: ignore
 
 
 def weights(student: Student) -> dict[str, torch.Tensor]:
     return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu().clone()
         for name, p in student.causal_lm.named_parameters()
     }
 
@@ -58,7 +63,7 @@ def error(got, wanted) -> float:
     return float((got.float() - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
-def check(folder: Path, sharding: dict, precision: str, packed: bool) -> float:
+def check(device: torch.device, folder: Path, sharding: dict, precision: str, packed: bool) -> float:
     config = recipe_of(folder, sharding, precision, packed, fused=not packed)
     sequences = rollouts(silent=5, sources=SOURCES)
     alone = Student(recipe_of(folder, {}, "float32", packed), torch.device("cpu"), 97)
@@ -66,8 +71,8 @@ def check(folder: Path, sharding: dict, precision: str, packed: bool) -> float:
     wanted = alone.train(sequences, targets) | alone.divergences(sequences, targets)
 
     tp, cp = sharding.get("tensor_parallel_size", 1), sharding.get("context_parallel_size", 1)
-    mesh = parallel.build_mesh(tp, cp, None, "cpu")
-    own = Teacher(config, torch.device("cpu"), 97, mesh).score(sequences)
+    mesh = parallel.build_mesh(tp, cp, None, DEVICE.type)
+    own = Teacher(config, device, 97, mesh).score(sequences)
     scored = collected(own)
     tolerance = EXACT if precision == "float32" else 0.05
     for mine, theirs in zip(scored, targets, strict=True):
@@ -75,7 +80,7 @@ def check(folder: Path, sharding: dict, precision: str, packed: bool) -> float:
         if mine is not None:
             assert precision != "float32" or torch.equal(mine.indices, theirs.indices)
             torch.testing.assert_close(mine.logsumexp, theirs.logsumexp, rtol=tolerance, atol=tolerance)
-    student = Student(config, torch.device("cpu"), 97, mesh)
+    student = Student(config, device, 97, mesh)
     got = student.train(sequences, targets) | student.divergences(sequences, targets)
     assert got.keys() == wanted.keys()
     errors = {name: abs(got[name] - value) / max(abs(value), 1e-12) for name, value in wanted.items()}
@@ -132,12 +137,12 @@ def check_no_logits() -> None:
     sequences = [
         Rollout(Prompt(i, "", None, "", (1,)), 0, tuple(range(32)), True, 0) for i in range(8 * hidden * tp // 32)
     ]
-    batch = pack(sequences)
+    batch = pack(sequences).to(DEVICE)
     tokens = len(batch.tokens_N)
     assert tokens >= 8 * hidden * tp
     logits = tokens * vocab // tp
     root = losses.PackedModel(Qwen3ForCausalLM._from_config(config, attn_implementation=attention.NAME))
-    parallel.shard(root, root.causal_lm, parallel.build_mesh(tp, 1, 1, "cpu"))
+    parallel.shard(root, root.causal_lm, parallel.build_mesh(tp, 1, 1, DEVICE.type))
     chunk = {"chunk_bytes": tokens // 8 * (vocab // tp) * 4}
     with (
         mock.patch.object(losses, "topk_kl", partial(losses.topk_kl, **chunk)),
@@ -146,7 +151,7 @@ def check_no_logits() -> None:
     ):
         with torch.no_grad():
             rows = root(batch, losses.FusedTopK(k))
-        even = torch.full((tokens,), 1.0 / tokens)
+        even = torch.full((tokens,), 1.0 / tokens, device=DEVICE)
         root(batch, losses.FusedLoss(losses.Divergence(), rows, even)).loss.backward()
     assert logits // 8 <= largest.elements < logits // 4, f"{largest.elements} of {logits}"
     with Largest() as largest:  # and the mode sees what it must not find
@@ -155,13 +160,14 @@ def check_no_logits() -> None:
 
 
 def main(folder: Path) -> None:
-    with joined("cpu"):
+    with joined(DEVICE.type) as device:
         torch.set_num_threads(1)
         if dist.get_world_size() == 2:
             check_no_logits()
         for sharding in CASES[dist.get_world_size()]:
-            for precision, packed in (("float32", True), ("float32", False), ("bfloat16", True)):
-                worst = check(folder, sharding, precision, packed)
+            kinds = [("float32", True), ("float32", False), ("bfloat16", True)]
+            for precision, packed in kinds[:1] if "cpu_offload" in sharding else kinds:
+                worst = check(device, folder, sharding, precision, packed)
                 if dist.get_rank() == 0:
                     print(f"{sharding} {precision} packed={packed}: largest relative error {worst:.1e}", flush=True)
 

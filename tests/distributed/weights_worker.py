@@ -21,7 +21,9 @@ from fastkd import attention, models, parallel, weights, weights_export
 from fastkd.batch import Prompt, Rollout, pack
 from fastkd.errors import CheckpointError
 
-CPU = torch.device("cpu")
+sys.path.insert(0, str(Path(__file__).parent))
+from worker_inputs import DEVICE, join
+
 MESHES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(2, 2), (4, 1)]}  # (tp, dp)
 # 101 rows divide by neither 2 nor 4; two key/value heads are fewer than four ranks.
 SIZES = dict(
@@ -73,13 +75,13 @@ def sharded(name: str, tp: int, dp: int, dtype=torch.float32, **options) -> Root
     """The model of a folder: meta, sharded, loaded."""
     causal_lm = models.meta_causal_lm("policy.model_name", name, dtype)
     root = Root(causal_lm)
-    parallel.shard(root, causal_lm, parallel.build_mesh(tp, 1, dp, "cpu"), **options)
-    weights.load(causal_lm, "policy.model_name", name, CPU, offload=options.get("offload", False))
+    parallel.shard(root, causal_lm, parallel.build_mesh(tp, 1, dp, DEVICE.type), **options)
+    weights.load(causal_lm, "policy.model_name", name, DEVICE, offload=options.get("offload", False))
     return root
 
 
 def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 def same_weights(got, wanted, where: str):
@@ -104,7 +106,7 @@ def check_load(folder: Path, case: str, tp: int, dp: int):
         same_weights(root.causal_lm, alone, f"{case} tp={tp} dp={dp} {dtype}")
         if dtype == torch.float32:
             batch = pack([Rollout(Prompt(0, "", None, "", (5, 6, 7)), 0, tuple(range(8, 40)), True, 0)])
-            logits, wanted = root(batch), Root(alone)(batch)
+            logits, wanted = root(batch.to(DEVICE)).cpu(), Root(alone)(batch)
             start = root.causal_lm.lm_head.weight.shape[0] if tp == 1 else -(-101 // tp)
             first = 0 if tp == 1 else start * (dist.get_rank() % tp)
             torch.testing.assert_close(logits, wanted[:, first : first + logits.shape[1]], rtol=1e-4, atol=1e-4)
@@ -236,7 +238,7 @@ def check_memory(folder: Path, tp: int, dp: int):
 
 
 def main(folder: Path, world: int, rank: int):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous_{world}", rank=rank, world_size=world)
+    join(folder / f"rendezvous_{world}", world, rank)
     torch.set_num_threads(1)
     if world == 4 and rank == 0:
         for case in CASES:

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from fastkd.batch import Prompt, Rollout
 from fastkd.recipe import recipe_from
 
 VALID = 97
 """Ids that are tokens."""
+DEVICE = torch.device(os.environ.get("FASTKD_TEST_DEVICE", "cpu"))
+"""What is sharded is on devices of this kind, one for each rank; what it is compared with is on the CPU."""
+
+
+def join(rendezvous: Path | str, world: int, rank: int) -> None:
+    """Member of a group that meets at a file, with the backends that ``fastkd.process_group`` takes."""
+    on_gpu = DEVICE.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world,
+        device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
+    )
 
 
 def recipe(
