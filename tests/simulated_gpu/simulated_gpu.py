@@ -12,7 +12,6 @@ kernels run interpreted (TRITON_INTERPRET=1), or as torch operators when that is
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import hashlib
 import importlib.util
@@ -128,6 +127,7 @@ class Stream:
 
 def _answer_for_nccl() -> None:
     """Groups of the "nccl" backend: what they are asked to do never reaches them (``device.cpp``)."""
+    import torch.distributed as dist
     from torch.distributed import distributed_c10d as c10d
 
     class ProcessGroupNCCL(c10d.ProcessGroupGloo):
@@ -139,11 +139,13 @@ def _answer_for_nccl() -> None:
         def __init__(self, store: Any, rank: int, size: int, options: Options):
             super().__init__(store, rank, size, timeout=options._timeout)
 
-    # Meshes split the group, with a copy of its options; gloo's cannot be copied, and need not be.
-    copy._deepcopy_dispatch[c10d.ProcessGroupGloo._Options] = lambda options, memo: options
     c10d._NCCL_AVAILABLE = True
     c10d.ProcessGroupNCCL = ProcessGroupNCCL
     c10d.default_pg_nccl_timeout = c10d.default_pg_timeout
+    # A group bound to a device is split where a mesh needs parts of it; both of its backends are gloo here, and would
+    # meet under one name then. Parts are made anew instead.
+    begin = c10d.init_process_group
+    dist.init_process_group = lambda *args, device_id=None, **options: begin(*args, **options)
 
 
 def _answer_for_the_driver(library: Any) -> None:
