@@ -34,10 +34,13 @@ _PATIENT = {
 
 
 @contextmanager
-def simulated(nodes: int, slots: int, *, store_bytes: int = _STORE_BYTES, patient: bool = False) -> Iterator[Any]:
+def simulated(
+    nodes: int, slots: int, *, gpus: int = 0, store_bytes: int = _STORE_BYTES, patient: bool = False
+) -> Iterator[Any]:
     """Nodes called node-1, node-2, … of ``slots`` workers each; this process joins. Gives Ray's ``Cluster``.
 
-    ``patient``: a node that does not answer for minutes is not lost. For more workers than the machine has cores.
+    ``gpus``: what a node says it has. ``patient``: a node that does not answer for minutes is not lost.
+    For more workers than the machine has cores.
     """
     from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
 
@@ -54,7 +57,11 @@ def simulated(nodes: int, slots: int, *, store_bytes: int = _STORE_BYTES, patien
     try:
         for number in range(1, nodes + 1):
             cluster.add_node(
-                num_cpus=1, resources={SLOT: slots}, object_store_memory=store_bytes, node_name=f"node-{number}"
+                num_cpus=1,
+                num_gpus=gpus,
+                resources={SLOT: slots},
+                object_store_memory=store_bytes,
+                node_name=f"node-{number}",
             )
         ray.init(address=cluster.address, logging_level=logging.WARNING)
         yield cluster

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,6 +26,41 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def arithmetic() -> Path:
     return ARITHMETIC
+
+
+@pytest.fixture(scope="session")
+def on_simulated_gpus():
+    """on_simulated_gpus(argument…, VARIABLE=value…): ``python argument…`` to its end; what it printed.
+
+    Needs a torch without CUDA and a compiler (``tests/simulated_gpu`` says what is simulated).
+    """
+    here = ROOT / "tests" / "simulated_gpu"
+    sys.path.insert(0, str(here))
+    import simulated_gpu
+
+    sys.path.remove(str(here))
+    if reason := simulated_gpu.why_not():
+        pytest.skip(f"no simulated GPU: {reason}")
+    simulated_gpu.build()
+
+    def run(*command: object, **variables: str) -> str:
+        paths = [str(here), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ours = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        # Options of the outer run are not meant for the inner one.
+        outer = {k: v for k, v in os.environ.items() if k not in ("PYTEST_ADDOPTS", "TRITON_INTERPRET")}
+        done = subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env=outer | ours | variables,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        output = done.stdout + done.stderr
+        assert done.returncode == 0, output[-12_000:]
+        return output
+
+    return run
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+NAME = "simulated GPU"
 CAPABILITY = (9, 0)
 MEMORY = 8 << 30
 """Bytes that the device claims to have; nothing is refused for them."""
@@ -62,7 +63,9 @@ def build() -> Path:
             f"-I{include}/torch/csrc/api/include",
         ]
         command += [str(_SOURCE), "-o", str(temporary), f"-L{folder}/lib", "-lc10", "-ltorch_cpu"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
         temporary.replace(library)
     return library
 
@@ -151,11 +154,15 @@ def _answer_for_nccl() -> None:
 def _answer_for_the_driver(library: Any) -> None:
     import torch
 
-    properties = SimpleNamespace(
-        name="simulated GPU", major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=MEMORY, multi_processor_count=1,
-        uuid="00000000-0000-0000-0000-000000000000", warp_size=32, is_integrated=0,
-    )  # fmt: skip
     own = int(os.environ.get("LOCAL_RANK", "0"))
+
+    def properties(device: Any = None) -> SimpleNamespace:
+        # Ray says which GPU a process has after it has started it.
+        return SimpleNamespace(
+            name=NAME, major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=MEMORY, multi_processor_count=1,
+            uuid=f"simulated {os.environ.get('CUDA_VISIBLE_DEVICES', own)}", warp_size=32, is_integrated=0,
+        )  # fmt: skip
+
     modes = {0: 0, 1: 1, 2: 2, "default": 0, "warn": 1, "error": 2}
     state = SimpleNamespace(mode=0)
 
@@ -194,9 +201,9 @@ def _answer_for_the_driver(library: Any) -> None:
         set_device=lambda device: None,
         _exchange_device=lambda device: own,
         _maybe_exchange_device=lambda device: own,
-        get_device_name=lambda device=None: properties.name,
+        get_device_name=lambda device=None: NAME,
         get_device_capability=lambda device=None: CAPABILITY,
-        get_device_properties=lambda device=None: properties,
+        get_device_properties=properties,
         get_arch_list=lambda: ["sm_90"],
         synchronize=lambda device=None: None,
         empty_cache=lambda: None,
