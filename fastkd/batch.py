@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.host_copies import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -91,7 +93,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         tensors = ("tokens_N", "positions_N", "cu_seqlens", "active_A", "labels_A")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        return replace(self, **{name: to_device(getattr(self, name), device) for name in tensors})
 
 
 def pack(rollouts: Sequence[Rollout]) -> Batch:

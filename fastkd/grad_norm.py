@@ -40,10 +40,10 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     Raises:
         RuntimeError: a tensor is a partial sum that was not reduced yet.
     """
-    by_mesh: dict[DeviceMesh | None, list[tuple[Tensor, int]]] = {}
+    by_mesh: dict[DeviceMesh | None, dict[int, list[Tensor]]] = {}  # and by number of copies
     for tensor in tensors:
         if not isinstance(tensor, DTensor):
-            by_mesh.setdefault(None, []).append((tensor, 1))
+            by_mesh.setdefault(None, {}).setdefault(1, []).append(tensor)
             continue
         copies = 1
         for placement, size in zip(tensor.placements, tensor.device_mesh.shape, strict=True):
@@ -51,16 +51,17 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
                 copies *= size
             elif placement.is_partial():
                 raise RuntimeError("global_norm: a gradient is not reduced yet; call it after backward")
-        by_mesh.setdefault(tensor.device_mesh, []).append((tensor.to_local(), copies))
-    total = torch.zeros(())
-    for mesh, entries in by_mesh.items():
-        parts = [part for part, _ in entries]
-        norms = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32))  # pyright: ignore[reportPrivateImportUsage]
-        copies = torch.tensor([1.0 / copies for _, copies in entries], device=norms.device)
-        squares = (norms.square() * copies).sum()
+        by_mesh.setdefault(tensor.device_mesh, {}).setdefault(copies, []).append(tensor.to_local())
+    total: Tensor | None = None
+    for mesh, by_copies in by_mesh.items():
+        shares = [
+            torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)).square().sum() / copies  # pyright: ignore[reportPrivateImportUsage]
+            for copies, parts in by_copies.items()
+        ]
+        squares = torch.stack(shares).sum()
         if mesh is not None:
             squares = squares.to(mesh.device_type)  # offloaded tensors: the group's device does the sum
             for dimension in range(mesh.ndim):
                 dist.all_reduce(squares, group=mesh.get_group(dimension))
-        total = total.to(squares.device) + squares
-    return total.sqrt()
+        total = squares if total is None else total.to(squares.device) + squares
+    return torch.zeros(()) if total is None else total.sqrt()

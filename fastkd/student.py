@@ -34,6 +34,7 @@ from fastkd import (
 from fastkd.batch import Rollout, idle, pack
 from fastkd.config import Recipe
 from fastkd.errors import NonFiniteLoss
+from fastkd.host_copies import to_device
 from fastkd.kernels import TopK
 from fastkd.log import bars
 from fastkd.losses import Divergence, FusedLoss, LossBySource, PackedModel
@@ -197,7 +198,8 @@ class Student:
             head = FusedLoss(divergence, teacher, weights_A, self.valid_vocab)
             with self.autocast():
                 if sources:
-                    sources_A = by_source.places([rollouts[index] for index in indices], sources).to(self.device)
+                    places_A = by_source.places([rollouts[index] for index in indices], sources)
+                    sources_A = to_device(places_A, self.device)
                     loss, sums_S = self.model(batch, LossBySource(head, sources_A, len(sources)))
                 else:
                     loss, sums_S = self.model(batch, head), ()
@@ -321,7 +323,7 @@ def _concatenate(rows: Sequence[TopK | None], device: torch.device) -> TopK:
     """The teacher rows of one micro-batch, in its order."""
     present = [row for row in rows if row is not None] or [_NO_ROWS]
     fields = [
-        torch.cat(parts).to(device) if parts[0] is not None else None  # pyright: ignore[reportArgumentType]
+        to_device(torch.cat(parts), device) if parts[0] is not None else None  # pyright: ignore[reportArgumentType]
         for parts in zip(*present, strict=True)
     ]
     return TopK(*fields)  # pyright: ignore[reportArgumentType]

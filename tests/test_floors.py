@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The house, bottom up. A package (config, checks) is one room. docs/architecture.md explains the rooms.
 FLOORS = [
-    "errors files log profiling sampling attention collectives grad_norm plot running_mean prefix_template"
+    "errors files log profiling sampling attention collectives grad_norm host_copies plot running_mean prefix_template"
     " ahead stop timeline turns queue_lengths environment module_names experts expert_names memory_test_meter"
     " _kernels.nvfp4 _kernels.reference _kernels.rows _kernels.row_topk _kernels.tuning",
     "config batch health gpu_monitor process_group tensor_styles block_compile safetensors_files state_files"

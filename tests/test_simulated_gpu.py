@@ -15,7 +15,7 @@ PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header")
 
 
 def test_the_device_itself(on_simulated_gpus):
-    output = on_simulated_gpus(*PYTEST, "tests/simulated_gpu/test_device.py")
+    output = on_simulated_gpus(*PYTEST, "tests/simulated_gpu/test_device.py", "tests/simulated_gpu/test_waits.py")
     assert " passed" in output and "skipped" not in output
 
 
