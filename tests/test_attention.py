@@ -161,7 +161,7 @@ def test_flash_attention_equals_float64(window, key_lengths):
         options |= {"key_lengths": key_lengths, "key_cu_seqlens": cumulative(key_lengths)}
     results = {}
     for dtype in (torch.bfloat16, torch.float64):
-        x = {name: value.to(dtype).requires_grad_() for name, value in inputs.items()}
+        x = {name: value.clone().to(dtype).requires_grad_() for name, value in inputs.items()}
         assert attention._flash_runs(x["query"]) == (dtype == torch.bfloat16)
         out = attend_packed(x["query"], x["key"], x["value"], **options)
         out.backward(torch.cos(torch.arange(out.numel(), device="cuda")).view_as(out).to(dtype))

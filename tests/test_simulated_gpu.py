@@ -26,6 +26,11 @@ def test_the_tests_of_a_gpu(on_simulated_gpus):
     assert " passed" in output and "skipped" not in output
 
 
+def test_packed_attention_takes_flash_attention(on_simulated_gpus):
+    output = on_simulated_gpus(*PYTEST, "tests/test_attention.py", "-k", "flash_attention_equals")
+    assert " passed" in output and "skipped" not in output
+
+
 def test_triton_kernels_on_its_tensors(on_simulated_gpus):
     pytest.importorskip("triton")
     output = on_simulated_gpus(*PYTEST, "tests/simulated_gpu/test_triton_kernels.py", TRITON_INTERPRET="1")

@@ -90,6 +90,9 @@ def install() -> None:
     _loaded = library
     _answer_for_the_driver(library)
     _answer_for_nccl()
+    import flash
+
+    flash.register()
     if os.environ.get("TRITON_INTERPRET") != "1":
         # Kernels cannot be launched here; without Triton they are torch operators, on the device.
         find = importlib.util.find_spec

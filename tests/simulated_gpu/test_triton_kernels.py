@@ -66,3 +66,33 @@ def test_top_k_is_exact(inputs):
     assert torch.equal(found.indices.cpu().long(), ids)
     for ours, theirs in zip(found[1:], (logits, lse, tail), strict=True):
         torch.testing.assert_close(ours.cpu().double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_no_call_waits_for_the_device(memory, inputs, monkeypatch):
+    """The launches alone copy to the host and back, because they are interpreted."""
+    from triton.runtime import interpreter
+
+    launch = interpreter.GridExecutor.__call__
+
+    def unwatched(self, *args, **kwargs):
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", unwatched)
+    hidden, weight, *_ = inputs
+    x, w = (t.bfloat16().cuda().requires_grad_() for t in (hidden, weight))
+    labels, active = torch.zeros(N, dtype=torch.int64, device="cuda"), torch.arange(0, N, 2, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        teacher = vocab_topk(x.detach(), w.detach(), K)
+        for outside, stats in (("bucket", True), ("renormalize", False)):
+            options = dict(outside=outside, stats=stats, labels=labels, active=active, memory=memory)
+            topk_kl(x, w, teacher, chunk_bytes=3 * V * 4, **options).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x.grad is not None and x.grad.is_cuda
