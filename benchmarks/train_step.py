@@ -10,6 +10,7 @@ Letters: N packed tokens, A loss-active rows, D hidden, V vocabulary, K kept.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ class Models(NamedTuple):
     sequence: int
     """Tokens of one sequence, an eighth of them prompt."""
     k: int
+    most: int = 1 << 19
+    """Tokens of the longest micro-batch that is tried."""
 
 
 _QWEN3 = dict(
@@ -54,7 +57,9 @@ _TINY = dict(
     vocab_size=1000, num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True,
     intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
 )  # fmt: skip
-TINY = Models(dict(hidden_size=32, **_TINY), dict(hidden_size=48, **_TINY), tokens=(256,), sequence=64, k=16)
+TINY = Models(
+    dict(hidden_size=32, **_TINY), dict(hidden_size=48, **_TINY), tokens=(128, 256), sequence=64, k=16, most=512
+)  # fmt: skip
 
 
 # Dense bfloat16 peak of the vendor's data sheets, FLOP/s; the first name found in the device's counts.
@@ -129,7 +134,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, TopK], Tensor]] = {
 
 
 def step_table(bench: Bench, models: Models) -> None:
-    """Check that all losses agree, then time a step of each and its phases, and read its peak memory."""
+    """Check that all losses agree, then time a step of each and its phases, and read its peak memory; then the longest
+    micro-batch that fits with each."""
     pair = build(models, bench.device)
     rows: list[Row] = []
     for tokens in models.tokens:
@@ -140,6 +146,49 @@ def step_table(bench: Bench, models: Models) -> None:
     names = "Qwen3-1.7B ← Qwen3-4B shapes" if models is QWEN3 else "tiny models"
     kind = str(work_dtype(bench.device)).removeprefix("torch.")
     bench.report("step", f"One training step, {names}, random weights, {kind}, K={models.k}, recomputation on", rows)
+    if bench.device.type == "cuda":  # elsewhere memory is not counted finely enough
+        title = f"The longest micro-batch, {names}, both models loaded, no optimizer"
+        bench.report("step_longest", title, [_longest(bench, models, pair, name, rows) for name in LOSSES])
+
+
+def _longest(bench: Bench, models: Models, pair: Pair, name: str, measured: list[Row]) -> Row:
+    """Predicted from the peaks of two lengths, whose difference is what a token takes; then a step of 95 % of it."""
+    row: Row = {"loss": name}
+    points = [
+        (int(one["tokens"]), 1e9 * one["peak GB"]) for one in measured if one["loss"] == name and "peak GB" in one
+    ]
+    if len(points) < 2 or points[-1][1] <= points[0][1]:
+        return row | {"note": "skipped: needs the peaks of two lengths"}
+    (few, low), (many, high) = points[0], points[-1]
+    a_token = (high - low) / (many - few)
+    # The teacher's rows lie there too.
+    a_token_held = a_token + models.k * 8 * (1 - 1 / 8)
+    fits = int((bench.free_bytes() - (low - few * a_token)) / a_token_held)
+    tried = min(int(0.95 * fits), models.most) // models.sequence * models.sequence
+    row |= {"KB a token": 1e-3 * a_token, "predicted tokens": fits, "tried": tried}
+    speed = next(one["tokens/s"] for one in measured if one["loss"] == name and one["tokens"] == many)
+    if 2 * tried / speed > 0.3 * (bench.deadline - time.monotonic()):
+        return row | {"note": "not run: no time left"}
+    batch = packed(models, tried).to(bench.device)
+    teacher = _any_rows(models, len(batch.active_A), bench.device)
+
+    def step() -> None:
+        LOSSES[name](*pair.trunk(pair.student, batch), teacher).backward()
+
+    timing = bench.race({name: step}, rounds=1, warm=False)[name]
+    pair.student.zero_grad(set_to_none=True)
+    if isinstance(timing, Skipped):
+        return row | {"note": timing.reason}
+    peak = None if timing.extra_bytes is None else 1e-9 * timing.extra_bytes
+    return row | {"peak GB": peak, "predicted GB": 1e-9 * (low + (tried - few) * a_token)}
+
+
+def _any_rows(models: Models, active: int, device: torch.device) -> TopK:
+    """Rows of a teacher that nobody asked: what they take is what counts."""
+    logits = torch.zeros(active, models.k, device=device)
+    ids = torch.arange(models.k, dtype=torch.int32, device=device).expand(active, -1).contiguous()
+    sums = torch.full((active,), 10.0, device=device)
+    return TopK(ids, logits, sums, sums.clone())
 
 
 def _rows(bench: Bench, models: Models, pair: Pair, batch: Batch, tokens: int) -> list[Row]:

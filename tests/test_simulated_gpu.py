@@ -43,3 +43,7 @@ def test_the_report_runs(on_simulated_gpus, tmp_path):
     for part in parts:
         found = json.loads((tmp_path / "parts" / f"{part}.json").read_text())
         assert found["status"] == "done" and "simulated GPU" in found["hardware"], found
+    longest = json.loads((tmp_path / "parts" / "step.json").read_text())["tables"]["step_longest"]["rows"]
+    assert len(longest) == 3
+    for row in longest:
+        assert row["tried"] == 512 and row["peak GB"] == pytest.approx(row["predicted GB"], rel=0.02)
