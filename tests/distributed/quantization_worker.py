@@ -25,7 +25,7 @@ from fastkd.teacher import Teacher
 MESHES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(2, 2), (4, 1)]}  # (tp, dp); 2 key/value heads are fewer than tp 4
 CPU = torch.device("cpu")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
-"""Relative error of metrics, and of weights in the 2-norm."""
+"""Relative error of metrics, and of weights in the 2-norm; of bfloat16's scales alone, see ``check``."""
 
 
 def config(folder: Path, preset: str, precision: str, sharding: dict):
@@ -44,8 +44,21 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
 
 
+def results(student: Student, sequences, targets) -> dict[str, torch.Tensor]:
+    """Figures of a step, those of its divergences, and the weights after it."""
+    figures = student.train(sequences, targets) | student.divergences(sequences, targets)
+    if quantization.quantizers_of(student.causal_lm).dtype != torch.float32:
+        figures.pop("train/top1_agreement")  # counts tokens: one more or less is a few per cent
+    updated = {name: whole(p) for name, p in student.causal_lm.named_parameters()}
+    return {name: torch.tensor(value) for name, value in figures.items()} | updated
+
+
 def check(folder: Path, scratch: Path, preset: str, precision: str, tp: int, dp: int, options: dict) -> float:
-    """Largest relative error; raises where it is too large."""
+    """Largest relative error; raises where it is too large.
+
+    In float32 against one process. In bfloat16, where rounding moves values over the edge between two codes in one
+    place or another, against one process in float32: at most twice as far from it as one process in bfloat16 is.
+    """
     sequences = rollouts()
     alone = Student(config(folder, preset, precision, {}), CPU, 97)
     targets = Teacher(config(folder, preset, "float32", {}), CPU, 97).score(sequences)
@@ -59,13 +72,18 @@ def check(folder: Path, scratch: Path, preset: str, precision: str, tp: int, dp:
     errors = {name: error(got[name], value) for name, value in wanted.items()}
     assert all(torch.equal(got[name], wanted[name]) for name in wanted if name.endswith("weight_scale_2"))
 
-    metrics = [one.train(sequences, targets) | one.divergences(sequences, targets) for one in (alone, student)]
-    errors |= {name: abs(metrics[1][name] - value) / max(abs(value), 1e-12) for name, value in metrics[0].items()}
-    updated = {name: whole(p) for name, p in student.causal_lm.named_parameters()}
-    errors |= {name: error(updated[name], p.detach()) for name, p in alone.causal_lm.named_parameters()}
-    if precision == "bfloat16":  # agreement counts tokens: one more or less is a few per cent
-        errors.pop("train/top1_agreement")
-    wrong = {name: f"{value:.1e}" for name, value in errors.items() if not value <= tolerance}
+    limits = dict.fromkeys(errors, tolerance)
+    own, mine = (results(one, sequences, targets) for one in (alone, student))
+    exact = own
+    if precision == "bfloat16":
+        best = Student(config(folder, preset, "float32", {}), CPU, 97)
+        best.calibrate(sequences)
+        exact = results(best, sequences, targets)
+    for name, value in mine.items():
+        errors[name] = error(value, exact[name])
+        limits[name] = tolerance if exact is own else 2 * error(own[name], exact[name]) + 0.02
+    updated = {name: mine[name] for name, _ in student.causal_lm.named_parameters()}
+    wrong = {name: f"{value:.1e}" for name, value in errors.items() if not value <= limits[name]}
     assert not wrong, f"tp={tp} dp={dp} {preset} {precision} {options}: relative errors {wrong}"
 
     check_files(student, alone, updated, scratch)
